@@ -1,0 +1,1 @@
+"""ManagerTower and its family, pre-trained with DeepSpeed."""

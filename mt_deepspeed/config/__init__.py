@@ -1,0 +1,40 @@
+"""Typed run configuration: dataclasses, presets, strict loading."""
+
+from mt_deepspeed.config.load import ConfigError, from_dict, load_config, preset_names, to_dict, to_yaml
+from mt_deepspeed.config.model import (
+    CrossModalConfig,
+    LinkConfig,
+    ModelConfig,
+    TextTowerConfig,
+    VisionTowerConfig,
+)
+from mt_deepspeed.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    DatasetConfig,
+    ObjectivesConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "CrossModalConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "LinkConfig",
+    "ModelConfig",
+    "ObjectivesConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TextTowerConfig",
+    "TrainConfig",
+    "VisionTowerConfig",
+    "from_dict",
+    "load_config",
+    "preset_names",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,124 @@
+"""The run configuration: one frozen, typed tree; every number has its unit beside it.
+
+`RunConfig` is what `--print-config` shows and what a run folder keeps as `config.yaml`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mt_deepspeed.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One shard folder (see data_tools) and the splits of it that are read, in this order."""
+
+    path: str
+    """Folder that holds `manifest.json`; relative paths start at `data.root`."""
+    splits: tuple[str, ...] = ("train",)
+    weight: float | None = None
+    """Share of the samples drawn from this data set, relative to the other weights.
+    None everywhere: each (image, text) pair is equally likely. Set all or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: str = "."
+    """Folder that relative data set and tokenizer paths start from."""
+    train: tuple[DatasetConfig, ...] = ()
+    eval: tuple[DatasetConfig, ...] = ()
+    tokenizer: str = "roberta-base"
+    """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`), or a hub name."""
+    max_text_len: int = 50
+    """Tokens, special tokens included; longer texts are cut."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """`longest`: pad to the longest text of the micro-batch, padding masked everywhere.
+    `max_length`: pad to `max_text_len`, as reference checkpoints need (their managers attend to padding)."""
+    train_transform: str = "clip"
+    eval_transform: str = "clip"
+    num_workers: int = 2
+    """Loader workers per rank; 0 reads in the training process."""
+    worker_kind: Literal["thread", "process"] = "thread"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """Pre-training objectives; weight 0 switches one off and leaves its head out of the model."""
+
+    mlm_weight: float = 1.0
+    itm_weight: float = 1.0
+    mlm_probability: float = 0.15
+    """Share of (whole words') tokens that are masked."""
+    whole_word_masking: bool = True
+    itm_negatives: Literal["dataset", "in_batch"] = "dataset"
+    """`dataset`: a uniformly drawn other image of the same data set; `in_batch`: another image of the micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 1e-5
+    """Peak learning rate of the towers."""
+    head_lr_multiplier: float = 5.0
+    cross_modal_lr_multiplier: float = 5.0
+    weight_decay: float = 0.01
+    no_decay: Literal["reference", "norms_and_biases"] = "norms_and_biases"
+    """`reference`: the name list of the published code, which decays CLIP's and the managers' norm weights;
+    `norms_and_biases`: no decay for any bias, norm, scalar or mixing weight."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup: float = 0.1
+    """Below 1: share of `train.max_steps`; otherwise optimizer steps."""
+    schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    decay_power: float = 1.0
+    end_lr_ratio: float = 0.0
+    """Learning rate at the last step, relative to the peak."""
+    max_grad_norm: float = 0.0
+    """Global L2 norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    max_steps: int = 100_000
+    """Optimizer steps."""
+    global_batch_size: int = 4096
+    """Samples per optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int = 8
+    """Samples per rank and forward pass."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    seed: int = 0
+    activation_checkpointing: int = 0
+    """0: none; 1: every layer; k: every k-th layer of the towers and of the cross-modal encoder."""
+    log_every_steps: int = 10
+    eval_every_steps: int = 1000
+    """0: only at the end."""
+    eval_max_samples: int = 0
+    """Samples per evaluation; 0: the whole split."""
+    max_skipped_steps: int = 10
+    """The run stops after this many non-finite steps in a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    """0: never by step."""
+    every_minutes: float = 30.0
+    """0: never by time."""
+    keep_last: int = 2
+    best_metric: str = "eval/score"
+    """Checkpoint with the highest value is kept; empty: none."""
+    init_from: str | None = None
+    """Weights to start from: a run, an exported model or a reference checkpoint."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto`: newest valid checkpoint of the run folder, if any; `must`: an error without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run_dir: str = "runs/default"
+    task: Literal["pretrain"] = "pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
