@@ -1,4 +1,4 @@
-"""Checks every JSON, YAML, shell and sbatch file of the repository; prints each fault and exits with 1 if any."""
+"""Checks every JSON, YAML, shell and sbatch file of the repository; exits with 1 if one is at fault."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def main() -> int:
     """Runs all checks; returns the exit status."""
     sys.path.insert(0, str(ROOT))
     checked = 0
-    faults = []
+    faults: list[str] = []
     for path in repository_files():
         checks = checks_of(path)
         checked += bool(checks)

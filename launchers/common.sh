@@ -59,6 +59,22 @@ enter_environment() {
         fail "the environment $active has no Python 3.10 or newer" "deactivate it, or remove it and run this again"
 }
 
+# pip_install TARGET: install in editable mode; in a log, one short line per package instead of pip's progress bars.
+pip_install() {
+    local pip=("$PYTHON" -m pip install --disable-pip-version-check --no-input)
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip --default-pip
+    if [ -t 1 ]; then
+        "${pip[@]}" -e "$1"
+        return
+    fi
+    (
+        set -o pipefail
+        "${pip[@]}" --progress-bar off -e "$1" | awk '
+            /^Collecting / { printf "    %s\n", $2; fflush() }
+            /^Installing collected/ { print "    unpacking them (a minute or two)"; fflush() }'
+    )
+}
+
 # install_package [EXTRA]: `pip install -e` this folder, unless that was done for the present setup.py and pyproject.toml.
 install_package() {
     local extra=${1:-} stamp key target=$REPO_ROOT
@@ -71,7 +87,7 @@ install_package() {
     if [ -n "$extra" ]; then target="${REPO_ROOT}[$extra]"; fi
     step "installing the package and what it needs into $ENVIRONMENT (torch included: some minutes the first time)" \
         "read pip's message above; check the network, pip's index settings and the free disk space (7 GB)" \
-        "$PYTHON" -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off -e "$target"
+        pip_install "$target"
     printf '%s\n' "$key" >"$stamp"
 }
 
