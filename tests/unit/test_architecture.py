@@ -101,6 +101,9 @@ def within(name: str, allowed: set[str]) -> bool:
     return any(name == one or name.startswith(one + ".") for one in allowed)
 
 
+MODULES = [module_name(path) for path in python_files() if path.name != "__main__.py"]
+
+
 def test_every_room_has_a_rule() -> None:
     rooms = {room_of(path) for path in python_files()} - {ENTRY_MODULES}
     assert rooms <= set(MAY_IMPORT), f"add rows to MAY_IMPORT for {sorted(rooms - set(MAY_IMPORT))}"
@@ -158,9 +161,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "module", [module_name(path) for path in python_files() if path.name != "__main__.py"]
-)
+@pytest.mark.parametrize("module", MODULES)
 def test_module_imports(module: str) -> None:
     importlib.import_module(module)
 
