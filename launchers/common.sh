@@ -97,3 +97,31 @@ setup_environment() {
     enter_environment
     install_package "${1:-}"
 }
+
+# require_package: for launchers that run on many nodes, where installing at start would race.
+require_package() {
+    "$PYTHON" -c 'import deepspeed, mt_deepspeed' 2>/dev/null || fail \
+        "$PYTHON cannot import mt_deepspeed and deepspeed" \
+        "run 'bash launchers/test.sh --setup-only' once, on a machine that sees this folder"
+}
+
+# set_master: MASTER_ADDR and MASTER_PORT for the SLURM job we are in: its first node, a port made of its number.
+set_master() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The address SLURM itself uses for the node: host names need not resolve on the compute nodes.
+    MASTER_ADDR=$(scontrol -o show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_ADDR=${MASTER_ADDR:-$first}
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    export MASTER_ADDR MASTER_PORT
+}
+
+# run_or_show COMMAND...: run it, or only print it after --dry-run.
+run_or_show() {
+    if [ "${DRY_RUN:-false}" = true ]; then
+        printf '%q ' "$@"
+        echo
+        return
+    fi
+    exec "$@"
+}

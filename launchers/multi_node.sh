@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains on several nodes with the deepspeed launcher: inside a SLURM allocation, or over ssh with a hostfile.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<'TEXT'
+usage: bash launchers/multi_node.sh [--hostfile FILE] [--slots N] [--dry-run] TRAINING ARGUMENTS ...
+
+  --hostfile FILE  lines of 'HOST slots=PROCESSES'; needs pdsh here and ssh without a password to every host.
+                   Without it: the nodes of the SLURM allocation this runs in (salloc or sbatch); no ssh needed
+  --slots N        SLURM only: processes per node; default: GPUs per node of the allocation, or 1
+  --dry-run        print the command, run nothing
+  --help           this text
+
+The repository and its environment must stand at the same path on every node.
+Everything else goes to mt_deepspeed.train. For batch jobs slurm/pretrain.sbatch is the simpler way.
+TEXT
+}
+
+hostfile=""
+slots=""
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --hostfile) hostfile=${2:-}; shift ;;
+        --slots) slots=${2:-}; shift ;;
+        --dry-run) export DRY_RUN=true ;;
+        -h | --help) usage; exit 0 ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+if [ -n "$hostfile" ]; then
+    [ -r "$hostfile" ] || fail "--hostfile $hostfile cannot be read" "give the path of a file of lines 'HOST slots=N'"
+    hostfile=$(realpath -- "$hostfile")
+elif [ -z "${SLURM_JOB_NODELIST:-}" ]; then
+    fail "neither --hostfile nor a SLURM allocation" \
+        "give --hostfile FILE, or run this inside 'salloc --nodes=2 --ntasks-per-node=1 --gpus-per-node=8'"
+fi
+
+cd "$REPO_ROOT"
+enter_environment
+require_package
+
+if [ -n "$hostfile" ]; then
+    run_or_show deepspeed --hostfile "$hostfile" --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}
+    exit
+fi
+
+slots=${slots:-${SLURM_GPUS_ON_NODE:-1}}
+hostfile=$REPO_ROOT/runs/hostfile.$SLURM_JOB_ID
+mkdir -p "$REPO_ROOT/runs"
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$slots/" >"$hostfile"
+set_master
+# One launcher per node; each finds its own place in the hostfile by its node number, so no ssh is needed.
+# shellcheck disable=SC2016  # $SLURM_NODEID differs per node: the inner shell expands it
+run_or_show srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --kill-on-bad-exit=1 bash -c \
+    'exec deepspeed --hostfile "$0" --no_ssh --node_rank="$SLURM_NODEID" \
+        --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module mt_deepspeed.train "$@"' \
+    "$hostfile" ${arguments[@]+"${arguments[@]}"}

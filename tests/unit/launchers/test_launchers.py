@@ -1,0 +1,188 @@
+"""The launchers with everything expensive replaced: a Python that records pip calls, a srun that prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    "-m pip install"*) echo "pip $*" >>"$PIP_LOG"; exit "${PIP_STATUS:-0}" ;;
+    "-m pip --version") exit 0 ;;
+    *"import deepspeed"*) exit "${IMPORT_STATUS:-0}" ;;
+    *"device_count"*) echo "${GPUS:-0}" ;;
+    "-m pytest"*) printf 'pytest: '; printf '<%s>' "$@"; echo ;;
+    *) exec "REAL_PYTHON" "$@" ;;
+esac
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+    "show hostnames"*) printf 'n1\\nn2\\n' ;;
+    "-o show node n1") echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+    *) echo "unexpected: scontrol $*" >&2; exit 1 ;;
+esac
+"""
+FAKE_SRUN = """#!/usr/bin/env bash
+echo "master=$MASTER_ADDR:$MASTER_PORT"
+printf 'srun: '; printf '<%s>' "$@"; echo
+"""
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Clone:
+    """A copy of the launchers at a path with a space, and an active environment whose python is a fake."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a clone"
+        for name in ("launchers", "slurm"):
+            shutil.copytree(ROOT / name, self.root / name)
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root / name)
+        binaries = folder / "env" / "bin"
+        executable(binaries / "python", FAKE_PYTHON.replace("REAL_PYTHON", sys.executable))
+        executable(binaries / "scontrol", FAKE_SCONTROL)
+        executable(binaries / "srun", FAKE_SRUN)
+        self.pip_log = folder / "pip.log"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        self.environment = {**inherited, "VIRTUAL_ENV": str(folder / "env"), "PIP_LOG": str(self.pip_log)}
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(self.root / script), *arguments],
+            cwd=self.root.parent,
+            env={**self.environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def pip_calls(self) -> list[str]:
+        return self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "launchers").glob("*.sh") if path.name != "common.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_set_up(clone: Clone, script: str) -> None:
+    result = clone.run(f"launchers/{script}", "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: bash launchers/" + script)
+    assert clone.pip_calls() == []
+
+
+def test_package_is_installed_once_and_again_when_its_metadata_changes(clone: Clone) -> None:
+    assert clone.run("launchers/test.sh", "--setup-only").returncode == 0
+    assert clone.run("launchers/test.sh", "--setup-only").returncode == 0
+    assert len(clone.pip_calls()) == 1
+    assert clone.pip_calls()[0].endswith(f"-e {clone.root}[dev]")
+    with (clone.root / "setup.py").open("a") as file:
+        file.write("# a change\n")
+    assert clone.run("launchers/test.sh", "--setup-only").returncode == 0
+    assert len(clone.pip_calls()) == 2
+
+
+def test_failing_step_names_itself_and_the_remedy(clone: Clone) -> None:
+    result = clone.run("launchers/test.sh", "--setup-only", PIP_STATUS="3")
+    assert result.returncode != 0
+    assert "FAILED: installing the package" in result.stderr
+    assert "What to do: read pip's message" in result.stderr
+    assert clone.run("launchers/test.sh", "--setup-only").returncode == 0
+    assert len(clone.pip_calls()) == 2, "a failed installation must not count as done"
+
+
+def test_old_python_is_refused(clone: Clone, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    executable(tools / "python3", "#!/bin/sh\nexit 1\n")
+    for name in ("bash", "dirname"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    clone.environment = {"PATH": str(tools)}
+    result = clone.run("launchers/test.sh")
+    assert result.returncode != 0
+    assert "FAILED: no Python 3.10 or newer on PATH" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "selection"),
+    [([], "<-m><not slow and not gpu and not soak>"), (["--all"], ""), (["--gpu"], "<-m><gpu>")],
+)
+def test_test_launcher_selects_and_passes_arguments_on(
+    clone: Clone, option: list[str], selection: str
+) -> None:
+    result = clone.run("launchers/test.sh", *option, "tests/unit", "-k", "a or b")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"pytest: <-m><pytest>{selection}<tests/unit><-k><a or b>"
+
+
+def test_local_starts_one_process_per_gpu(clone: Clone) -> None:
+    def command(*arguments: str, gpus: int) -> subprocess.CompletedProcess[str]:
+        return clone.run("launchers/local.sh", *arguments, "--dry-run", "--preset", "x", GPUS=str(gpus))
+
+    assert "deepspeed --num_gpus 4 " in command(gpus=4).stdout
+    assert "deepspeed --num_gpus 1 " in command(gpus=0).stdout
+    assert "deepspeed --num_gpus 3 " in command("--processes", "3", gpus=0).stdout
+    assert command(gpus=4).stdout.splitlines()[-1].endswith("--module mt_deepspeed.train --preset x ")
+    assert "FAILED: --processes 5, but this machine has 4 GPUs" in command("--processes", "5", gpus=4).stderr
+    assert "FAILED: --processes 'two'" in command("--processes", "two", gpus=4).stderr
+
+
+def test_multi_node_over_ssh(clone: Clone, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("n1 slots=2\nn2 slots=2\n")
+    result = clone.run("launchers/multi_node.sh", "--hostfile", "hosts", "--dry-run", "--preset", "x")
+    assert result.stdout.splitlines()[-1] == (
+        f"deepspeed --hostfile {hostfile} --module mt_deepspeed.train --preset x "
+    )
+    assert "FAILED: neither --hostfile nor a SLURM allocation" in clone.run("launchers/multi_node.sh").stderr
+    missing = clone.run("launchers/multi_node.sh", "--hostfile", "hosts", IMPORT_STATUS="1")
+    assert "cannot import mt_deepspeed" in missing.stderr
+    assert "--setup-only" in missing.stderr
+
+
+SLURM = {
+    "SLURM_JOB_ID": "20007",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "4",
+}
+
+
+def test_multi_node_inside_slurm(clone: Clone) -> None:
+    result = clone.run("launchers/multi_node.sh", "--slots", "2", "--preset", "x y", **SLURM)
+    assert result.returncode == 0, result.stderr
+    hostfile = clone.root / "runs" / "hostfile.20007"
+    assert hostfile.read_text() == "n1 slots=2\nn2 slots=2\n"
+    assert "master=10.0.0.1:20007" in result.stdout
+    assert "<--nodes=2><--ntasks=2><--ntasks-per-node=1>" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith(f"<{hostfile}><--preset><x y>")
+
+
+def test_pretrain_job_starts_one_task_per_rank(clone: Clone) -> None:
+    variables = {**SLURM, "SLURM_SUBMIT_DIR": str(clone.root), "SLURM_CPUS_PER_TASK": "8"}
+    result = clone.run("slurm/pretrain.sbatch", "--preset", "x y", **variables)
+    assert result.returncode == 0, result.stderr
+    assert "==> 4 ranks on n[1-2], start number 1" in result.stdout
+    assert "master=10.0.0.1:20007" in result.stdout
+    python = f"{clone.environment['VIRTUAL_ENV']}/bin/python"
+    assert result.stdout.splitlines()[-1] == (
+        f"srun: <--kill-on-bad-exit=1><--cpus-per-task=8><{python}>"
+        "<-u><-m><mt_deepspeed.train><--preset><x y>"
+    )
