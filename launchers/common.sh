@@ -108,7 +108,7 @@ require_package() {
 # set_master: MASTER_ADDR and MASTER_PORT for the SLURM job we are in: its first node, a port made of its number.
 set_master() {
     local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     # The address SLURM itself uses for the node: host names need not resolve on the compute nodes.
     MASTER_ADDR=$(scontrol -o show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_ADDR=${MASTER_ADDR:-$first}
