@@ -11,7 +11,7 @@ REQUIREMENTS = [
     "matplotlib",
     "ninja",  # DeepSpeed compiles some operators when they are first used
     "numpy",
-    "open_clip_torch>=3",
+    "open_clip_torch>=3.3",
     "pillow",
     "pyarrow",
     "pyyaml",

@@ -22,7 +22,7 @@ class TextTowerConfig:
     num_heads: int = 12
     intermediate_size: int = 3072
     max_positions: int = 514
-    """Rows of the position table; two of them (0 and the padding row) never hold a text position."""
+    """Rows of the position table; `pad_token_id + 1` of them never hold a text position."""
     type_vocab_size: int = 1
     pad_token_id: int = 1
     hidden_act: str = "gelu"
@@ -62,6 +62,9 @@ class CrossModalConfig:
     """Hidden and attention dropout."""
     num_token_types: int = 2
     """Rows of the modality table: text, image (and second image)."""
+    shared_transform: bool = True
+    """One linear map per modality from tower to cross-modal width; False: one per joined layer
+    (bridges only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +86,14 @@ class LinkConfig:
     layer_norm_eps: float = 1e-5
     noise: bool = True
     """Training only: N(0, 1/N^2) on every mixing logit, per element."""
+    shared: bool = False
+    """Bridges only: one bridge per modality for all cross-modal layers after the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """A two-tower model without heads. Raises ValueError where sizes do not fit together."""
+
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     cross_modal: CrossModalConfig = field(default_factory=CrossModalConfig)
@@ -94,3 +101,78 @@ class ModelConfig:
     mask_padding_in_managers: bool = True
     """True: adaptive managers ignore padded text (results do not depend on the padding).
     False: as the published code, whose weights expect texts padded to a fixed length."""
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+
+    @property
+    def has_managers(self) -> bool:
+        """True for managers, False for bridges."""
+        return self.link.kind in MANAGERS
+
+    @property
+    def num_text_states(self) -> int:
+        """Number of top text layers that the cross-modal side receives."""
+        return self.link.num_text_experts if self.has_managers else self.cross_modal.num_layers
+
+    @property
+    def num_image_states(self) -> int:
+        """Number of top vision layers that the cross-modal side receives."""
+        return self.link.num_image_experts if self.has_managers else self.cross_modal.num_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Which heads stand on a two-tower model. Names in state dicts are those of the published checkpoints."""
+
+    mlm: bool = False
+    mlm_layer_norm_eps: float = 1e-12
+    mlm_hidden_act: str = "gelu"
+    itm: bool = False
+    itc_size: int | None = None
+    """Width of the contrastive embeddings; None: no contrastive heads."""
+    itc_temperature: float = 0.07
+    """Initial contrastive temperature."""
+    fused_itc_size: int | None = None
+    """Width of the three contrastive embeddings of the Hugging Face port (text, image, fused); None: none."""
+    rank: bool = False
+    """Score of a pair for retrieval with sampled false texts."""
+    vqa_answers: int | None = None
+    """Size of the answer vocabulary; None: no VQA head."""
+    nlvr2: bool = False
+    snli_ve: bool = False
+    classifier_layers: Literal[1, 2] = 2
+    """Depth of the VQA, NLVR2 and SNLI-VE heads."""
+    classifier_scale: float = 1.0
+    """Hidden width of two-layer heads, relative to `cls_feats`."""
+    nlvr2_dropout: float = 0.0
+    """On the features of both images."""
+
+
+def _check_model(config: ModelConfig) -> None:
+    text, vision, cross, link = config.text, config.vision, config.cross_modal, config.link
+    if vision.image_size % vision.patch_size:
+        raise ValueError(
+            f"model.vision.image_size: {vision.image_size} is not a multiple of patch_size "
+            f"{vision.patch_size}; use {vision.image_size // vision.patch_size * vision.patch_size}"
+        )
+    for where, width, heads in (
+        ("text.hidden_size", text.hidden_size, text.num_heads),
+        ("vision.width", vision.width, vision.num_heads),
+        ("cross_modal.hidden_size", cross.hidden_size, cross.num_heads),
+    ):
+        if width % heads:
+            raise ValueError(f"model.{where}: {width} is not a multiple of its num_heads {heads}")
+    if cross.num_layers < 1:
+        raise ValueError(f"model.cross_modal.num_layers: found {cross.num_layers}, expected at least 1")
+    for where, wanted, layers in (
+        ("text", config.num_text_states, text.num_layers),
+        ("vision", config.num_image_states, vision.num_layers),
+    ):
+        if not 1 <= wanted <= layers:
+            raise ValueError(
+                f"model.link: kind {link.kind} takes the top {wanted} layers of the {where} tower, which has "
+                f"{layers}; change model.{where}.num_layers, the experts or cross_modal.num_layers"
+            )
+    if config.has_managers and not (cross.shared_transform and not link.shared):
+        raise ValueError(f"model: shared_transform=false and link.shared=true need bridges, not {link.kind}")

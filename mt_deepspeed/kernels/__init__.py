@@ -1,0 +1,1 @@
+"""Fused operations and their plain references."""

@@ -1,0 +1,118 @@
+"""Co-attention layers of the cross-modal encoder (post-norm).
+
+Shapes: B batch, L and K tokens, D hidden, H heads, T text tokens.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from mt_deepspeed.config.model import CrossModalConfig
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections, scores scaled by 1 / sqrt(D / H)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
+        """Attends from `hidden` to `context`; `attend` is None or bool, broadcastable to `[B, H, L, K]`."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.query(hidden_BLD), self.key(context_BKD), self.value(context_BKD))
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class Output(nn.Module):
+    """`LN(residual + dropout(dense(x)))`, the end of every sub-layer."""
+
+    def __init__(self, in_size: int, hidden_size: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_size, hidden_size)
+        self.LayerNorm = nn.LayerNorm(hidden_size, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Same shape as `residual`."""
+        normed: Tensor = self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return normed
+
+
+class AttentionBlock(nn.Module):
+    """Attention with its output sub-layer; self-attention when the context is the input."""
+
+    def __init__(self, config: CrossModalConfig) -> None:
+        super().__init__()
+        self.self = Attention(config.hidden_size, config.num_heads, config.dropout)
+        self.output = Output(config.hidden_size, config.hidden_size, config.layer_norm_eps, config.dropout)
+
+    def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
+        """`[B, L, D]`."""
+        result: Tensor = self.output(self.self(hidden_BLD, context_BKD, attend), hidden_BLD)
+        return result
+
+
+class Intermediate(nn.Module):
+    """First half of the feed-forward network."""
+
+    def __init__(self, config: CrossModalConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        """`[B, L, intermediate_size]`."""
+        result: Tensor = self.activation(self.dense(hidden_BLD))
+        return result
+
+
+class CrossModalLayer(nn.Module):
+    """Self-attention, attention to the other modality, feed-forward (arXiv 2206.08657, section 3).
+
+    Args:
+        config: Sizes.
+        modality: Whose stream this layer carries. The text mask concerns the self-attention of a text layer
+            and the cross-attention of an image layer; image tokens are never masked.
+    """
+
+    def __init__(self, config: CrossModalConfig, modality: Literal["text", "image"]) -> None:
+        super().__init__()
+        self.modality = modality
+        self.attention = AttentionBlock(config)
+        self.crossattention = AttentionBlock(config)
+        self.intermediate = Intermediate(config)
+        self.output = Output(
+            config.intermediate_size, config.hidden_size, config.layer_norm_eps, config.dropout
+        )
+
+    def forward(self, hidden_BLD: Tensor, other_BKD: Tensor, text_attend_B11T: Tensor) -> Tensor:
+        """`[B, L, D]`; positional tensors only, so that activation checkpointing can wrap the layer."""
+        own, other = (text_attend_B11T, None) if self.modality == "text" else (None, text_attend_B11T)
+        hidden = self.attention(hidden_BLD, hidden_BLD, own)
+        hidden = self.crossattention(hidden, other_BKD, other)
+        result: Tensor = self.output(self.intermediate(hidden), hidden)
+        return result
+
+
+class Pooler(nn.Module):
+    """`tanh(dense(first token))`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        """`[B, D]`."""
+        result: Tensor = self.dense(hidden_BLD[:, 0]).tanh()
+        return result

@@ -1,0 +1,75 @@
+"""RoBERTa encoder whose top hidden states are returned. Shapes: B batch, L tokens, D hidden."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import RobertaConfig
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaEncoder
+
+from mt_deepspeed.config.model import TextTowerConfig
+from mt_deepspeed.models.partition import init_weights
+
+LayerRunner = Callable[..., Tensor]
+"""Calls `runner(layer, *tensors)`; what wraps layers (activation checkpointing) is put in from outside."""
+
+
+def call_layer(layer: nn.Module, *tensors: Tensor) -> Tensor:
+    """The plain layer runner."""
+    output: Tensor = layer(*tensors)
+    return output
+
+
+class TextTower(nn.Module):
+    """Post-norm RoBERTa without pooler, SDPA attention, transformers' parameter names.
+
+    Args:
+        config: Sizes.
+        num_states: How many top layers' outputs are returned.
+    """
+
+    def __init__(self, config: TextTowerConfig, num_states: int) -> None:
+        super().__init__()
+        self.num_states = num_states
+        roberta = RobertaConfig(**_roberta_arguments(config))
+        roberta._attn_implementation = "sdpa"
+        # The parts and not `RobertaModel`: its own initialisation fails on parameters split by zero.Init.
+        self.embeddings = RobertaEmbeddings(roberta)
+        self.encoder = RobertaEncoder(roberta)
+        init_weights(self)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor, run_layer: LayerRunner = call_layer) -> list[Tensor]:
+        """Encodes a batch of texts.
+
+        Args:
+            ids_BL: int64 token ids; positions count the tokens that are not padding ids.
+            mask_BL: 1 where a token is, 0 at padding.
+            run_layer: Calls each layer.
+
+        Returns:
+            `num_states` tensors `[B, L, D]`, lowest layer first.
+        """
+        hidden = self.embeddings(input_ids=ids_BL)
+        attend_B11L = mask_BL.bool()[:, None, None, :]
+        states = []
+        for layer in self.encoder.layer:
+            hidden = run_layer(layer, hidden, attend_B11L)
+            states.append(hidden)
+        return states[-self.num_states :]
+
+
+def _roberta_arguments(config: TextTowerConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "pad_token_id": config.pad_token_id,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }

@@ -1,0 +1,98 @@
+"""CLIP vision transformer whose top hidden states are returned.
+
+Shapes: B batch, S pixels per side, P tokens (class token, then patches row by row), D width.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from torch import Tensor, nn
+
+from mt_deepspeed.config.model import VisionTowerConfig
+from mt_deepspeed.models.text_tower import LayerRunner, call_layer
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resizes the patch rows of a position table bicubically (align_corners False, no antialias).
+
+    Args:
+        table: `[1 + g * g, D]`, class row first.
+        grid: Rows and columns of the wanted patch grid.
+
+    Returns:
+        `[1 + rows * columns, D]`, dtype of `table`; `table` itself when the grid is the same.
+    """
+    side = round((table.shape[0] - 1) ** 0.5)
+    if side * side != table.shape[0] - 1:
+        raise ValueError(f"position embedding: {table.shape[0]} rows are not 1 + a square number")
+    if grid == (side, side):
+        return table
+    # In fp32 as the published code: half-precision bicubic weights would shift the result.
+    patches = table[1:].float().T.reshape(1, -1, side, side)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
+
+
+class _Visual(VisionTransformer):
+    """open_clip's transformer without the projection, returning all block outputs."""
+
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.num_layers,
+            heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            output_dim=1,
+            act_layer=QuickGELU if config.hidden_act == "quick_gelu" else nn.GELU,
+            norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+            # Same maths and names as the default block, but its output projection is called as a module,
+            # which ZeRO-3 needs to gather it in evaluation too.
+            block_type="custom",
+        )
+        self.proj = None  # CLIP's projection takes no part in the two-tower model
+
+    def forward(self, pixels: Tensor, num_states: int, run_layer: LayerRunner) -> list[Tensor]:
+        patches = self.conv1(pixels)
+        grid = (int(patches.shape[2]), int(patches.shape[3]))
+        patches = patches.flatten(2).transpose(1, 2)
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        positions = resize_positions(self.positional_embedding, grid).to(patches.dtype)
+        hidden = self.ln_pre(torch.cat([first, patches], dim=1) + positions)
+        states = []
+        for block in self.transformer.resblocks:
+            hidden = run_layer(block, hidden)
+            states.append(hidden)
+        return [self.ln_post(state) for state in states[-num_states:]]
+
+
+class VisionTower(nn.Module):
+    """CLIP-ViT: pre-norm blocks, QuickGELU, no dropout; parameter names of the published checkpoints.
+
+    Args:
+        config: Sizes.
+        num_states: How many top layers' outputs are returned.
+    """
+
+    def __init__(self, config: VisionTowerConfig, num_states: int) -> None:
+        super().__init__()
+        self.num_states = num_states
+        self.patch_size = config.patch_size
+        self.visual = _Visual(config)
+
+    def forward(self, pixels: Tensor, run_layer: LayerRunner = call_layer) -> list[Tensor]:
+        """Encodes a batch of images.
+
+        Args:
+            pixels: `[B, 3, S, S]`, normalised. Another size than the configured one (also not square) is
+                taken with position embeddings resized on the fly.
+            run_layer: Calls each block.
+
+        Returns:
+            `num_states` tensors `[B, P, D]` after the shared `ln_post`, lowest layer first.
+        """
+        states: list[Tensor] = self.visual(pixels, self.num_states, run_layer)
+        return states
