@@ -77,7 +77,7 @@ def _noun(group: Group, draw: Draw, detail: float = 0.3) -> str:
     """Such as "a large red circle", "one red circle", "two dotted red circles"."""
     attributes = _attributes(group, draw, detail)
     if group.count == 1:
-        return draw.choice(("a", "a", "one")) + f" {attributes}{group.shape}"
+        return draw.choice(("a", "one")) + f" {attributes}{group.shape}"
     return f"{COUNTS[group.count - 1]} {attributes}{SHAPES[group.shape]}"
 
 

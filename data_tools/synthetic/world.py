@@ -18,7 +18,7 @@ GRID = 3
 NUM_GROUPS = (1,) * 3 + (2,) * 4 + (3,) * 2 + (4,)
 """Numbers of groups, as often as they are to be drawn."""
 
-OBJECTS = (1, 1, 2, 2, 3, 3, 4, 4, 4)
+OBJECTS = (1,) * 5 + (2,) * 4 + (3,) * 4 + (4,) * 5
 """Numbers of objects in a group, likewise; many objects fit less often, so four is drawn more often."""
 
 SIDE_OF_64 = {"small": 14, "large": 20}
