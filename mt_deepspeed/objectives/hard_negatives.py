@@ -1,0 +1,40 @@
+"""Hard negatives drawn by contrastive similarity (as ALBEF, arXiv 2107.07651). Shapes: B rows, G columns."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def negative_weights(logits_BG: Tensor, positives_BG: Tensor) -> Tensor:
+    """Unnormalised sampling weights: softmax over columns with the row's positives set to 0.
+
+    Args:
+        logits_BG: Similarities divided by the temperature.
+        positives_BG: bool, columns that match the row.
+    """
+    return logits_BG.float().softmax(dim=1).masked_fill(positives_BG, 0.0)
+
+
+@torch.no_grad()
+def draw_negatives(
+    weights_BG: Tensor, positives_BG: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """One negative column per row.
+
+    Rows whose weights all vanish draw uniformly from their negatives; the published code adds 1e-5 to every
+    column there, which may draw a positive.
+
+    Returns:
+        int64 `[B]`.
+
+    Raises:
+        ValueError: A row has no negative.
+    """
+    negatives = ~positives_BG
+    if not bool(negatives.any(dim=1).all()):
+        raise ValueError(
+            "hard negatives: a row has no negative (all columns show its image); use a larger batch"
+        )
+    empty = weights_BG.sum(dim=1, keepdim=True) <= 0
+    weights = torch.where(empty, negatives.to(weights_BG.dtype), weights_BG)
+    return torch.multinomial(weights, 1, generator=generator)[:, 0]
