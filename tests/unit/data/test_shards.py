@@ -1,0 +1,196 @@
+"""Reading shard folders: every pair and image by number, and every fault of a folder named."""
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.shard_format import CAPTION_SCHEMA, ShardFormatError, ShardInfo, read_manifest, write_manifest
+from mt_deepspeed.data.shards import CaptionDataset, ShardReadError
+
+Rows = Callable[..., list[dict[str, Any]]]
+Writer = Callable[..., Path]
+
+
+def expected_pairs(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(i, caption) for i, row in enumerate(rows) for caption in row["captions"]]
+
+
+def read_pairs(dataset: CaptionDataset) -> list[tuple[int, str]]:
+    pairs = [dataset.pair(index) for index in range(dataset.num_pairs)]
+    return [(pair.row, pair.caption) for pair in pairs]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    captions=st.lists(st.lists(st.text(min_size=1, max_size=6), max_size=4), min_size=1, max_size=30),
+    rows_per_shard=st.integers(1, 12),
+    rows_per_batch=st.integers(1, 5),
+)
+def test_every_pair_and_image_is_found(
+    captions: list[list[str]],
+    rows_per_shard: int,
+    rows_per_batch: int,
+    dataset_writer: Writer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    rows = [
+        {"image": bytes([i]) * i, "captions": texts, "image_id": f"é{i}", "width": 1, "height": 1}
+        for i, texts in enumerate(captions)
+    ]
+    folder = tmp_path_factory.mktemp("data")
+    dataset = CaptionDataset(
+        dataset_writer(folder, {"train": rows}, rows_per_shard, rows_per_batch), ["train"]
+    )
+    dataset.check()
+    assert dataset.num_rows == len(rows)
+    assert read_pairs(dataset) == expected_pairs(rows)
+    assert [dataset.image(i).data.tobytes() for i in range(len(rows))] == [row["image"] for row in rows]
+    lengths = dataset.caption_bytes(np.arange(dataset.num_pairs)[::-1])
+    assert lengths.tolist()[::-1] == [len(text.encode()) for _, text in expected_pairs(rows)]
+    assert f"é{len(rows) - 1}" in dataset.image(len(rows) - 1).where
+
+
+@pytest.fixture(scope="module")
+def folder(rows: Rows, dataset_writer: Writer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {"train": rows(23), "restval": rows(8, seed=100), "val": rows(5, seed=200)}
+    return dataset_writer(tmp_path_factory.mktemp("data") / "set", splits)
+
+
+@pytest.fixture
+def copied(rows: Rows, dataset_writer: Writer, tmp_path: Path) -> Path:
+    return dataset_writer(tmp_path / "set", {"train": rows(23), "val": rows(5, seed=200)})
+
+
+def test_splits_follow_each_other(folder: Path, rows: Rows) -> None:
+    dataset = CaptionDataset(folder, ["restval", "train"])
+    assert read_pairs(dataset) == expected_pairs(rows(8, seed=100) + rows(23))
+    assert dataset.digest == CaptionDataset(folder, ["val"]).digest
+
+
+def test_images_are_views_of_the_file(folder: Path) -> None:
+    data = CaptionDataset(folder, ["train"]).image(3).data
+    assert not data.flags.owndata
+    assert not data.flags.writeable
+
+
+def test_shards_open_when_touched(folder: Path) -> None:
+    dataset = CaptionDataset(folder, ["train"])
+    assert not dataset._open
+    dataset.image(12)
+    assert list(dataset._open) == [1]
+
+
+def test_a_check_can_be_shared_out(folder: Path) -> None:
+    parts = [CaptionDataset(folder, ["train"]) for _ in range(2)]
+    for i, dataset in enumerate(parts):
+        dataset.check(i, 2)
+    assert [sorted(dataset._open) for dataset in parts] == [[0, 2], [1]]
+
+
+def test_threads_forks_and_pickles_read_the_same(folder: Path) -> None:
+    dataset = CaptionDataset(folder, ["train"])
+    expected = read_pairs(CaptionDataset(folder, ["train"]))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read_pairs, [dataset] * 8)) == [expected] * 8
+    with multiprocessing.get_context("fork").Pool(1) as processes:
+        assert processes.apply(read_pairs, (dataset,)) == expected
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert not copy._open
+    assert read_pairs(copy) == expected
+
+
+def test_unknown_split_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"'test'.*choose from \['restval', 'train', 'val'\]"):
+        CaptionDataset(folder, ["train", "test"])
+    with pytest.raises(ValueError, match="each once"):
+        CaptionDataset(folder, ["train", "train"])
+
+
+def test_missing_shard_is_refused(copied: Path) -> None:
+    (copied / "train-00001.arrow").unlink()
+    with pytest.raises(ShardFormatError, match=r"train-00001\.arrow: missing"):
+        CaptionDataset(copied, ["train"])
+    CaptionDataset(copied, ["val"])
+
+
+def test_extra_and_renamed_shards_are_refused(copied: Path) -> None:
+    (copied / "train-00002.arrow").rename(copied / "train-00003.arrow")
+    with pytest.raises(ShardFormatError, match=r"train-00003\.arrow: not named"):
+        CaptionDataset(copied, ["train"])
+
+
+def test_cut_shard_is_refused(copied: Path) -> None:
+    path = copied / "train-00000.arrow"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ShardFormatError, match=r"train-00000\.arrow: \d+ bytes, but"):
+        CaptionDataset(copied, ["train"])
+
+
+def test_wrong_counts_are_refused(copied: Path) -> None:
+    manifest = read_manifest(copied)
+    shards = manifest.splits["train"].shards
+    wrong = ShardInfo(shards[1].file, shards[1].rows + 1, shards[1].texts, shards[1].bytes, shards[1].sha256)
+    split = type(manifest.splits["train"]).of((shards[0], wrong, *shards[2:]))
+    write_manifest(copied, type(manifest)(**vars(manifest) | {"splits": {"train": split}}))
+    (copied / "val-00000.arrow").unlink()
+    with pytest.raises(ShardFormatError, match=r"train-00001\.arrow: 10 rows and .* says 11"):
+        CaptionDataset(copied, ["train"]).check()
+
+
+def replace_shard(folder: Path, data: bytes) -> None:
+    """Puts other content under the name of train-00000 and fits the manifest to its size."""
+    (folder / "train-00000.arrow").write_bytes(data)
+    manifest = read_manifest(folder)
+    first, *others = manifest.splits["train"].shards
+    info = ShardInfo(first.file, first.rows, first.texts, len(data), first.sha256)
+    splits = {**manifest.splits, "train": type(manifest.splits["train"]).of((info, *others))}
+    write_manifest(folder, type(manifest)(**vars(manifest) | {"splits": splits}))
+
+
+def arrow_file(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, 4)
+    return sink.getvalue().to_pybytes()
+
+
+def test_other_content_is_refused(copied: Path, rows: Rows) -> None:
+    table = pa.Table.from_pylist(rows(10), schema=CAPTION_SCHEMA)
+    contents = {
+        "not a readable Arrow": b"nothing of the kind",
+        "schema": arrow_file(table.drop_columns(["width"])),
+        "compressed": arrow_file(table, compression="lz4"),
+    }
+    for message, data in contents.items():
+        replace_shard(copied, data)
+        with pytest.raises(ShardFormatError, match=message):
+            CaptionDataset(copied, ["train"]).check()
+
+
+def test_damaged_offsets_and_texts_are_named(copied: Path, rows: Rows) -> None:
+    path = copied / "train-00000.arrow"
+    data = path.read_bytes()
+    caption = rows(23)[2]["captions"][0].encode()
+    path.write_bytes(data.replace(caption, b"\xff" * len(caption), 1))
+    dataset = CaptionDataset(copied, ["train"])
+    index = [row for row, _ in expected_pairs(rows(23))].index(2)
+    with pytest.raises(ShardReadError, match=r"train-00000\.arrow: row 2: captions: .*utf-8"):
+        dataset.pair(index)
+
+    first = dataset._shard(0)._spans[0]
+    for buffer, read in ((0, dataset.image), (3, dataset.pair), (2, dataset.pair)):
+        start = int(first[buffer, 0])
+        path.write_bytes(data[: start + 4] + b"\x7f" * 8 + data[start + 12 :])
+        damaged = CaptionDataset(copied, ["train"])
+        damaged.check()
+        with pytest.raises(ShardReadError, match=r"train-00000\.arrow.*damaged"):
+            getattr(damaged, read.__name__)(0)
