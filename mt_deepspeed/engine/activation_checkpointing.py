@@ -1,0 +1,70 @@
+"""Activation checkpointing of whole layers through `deepspeed.checkpointing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from mt_deepspeed.engine.protocols import Task
+
+
+def wrap_layers(task: Task, every: int, ds_config: dict[str, Any]) -> int:
+    """Makes every `every`-th of the task's checkpointable layers recompute its activations in backward.
+
+    CPU offload or partitioning of what is kept comes from the `activation_checkpointing` section of the
+    DeepSpeed configuration. Parameter names stay as they are.
+
+    Args:
+        task: Offers `checkpointable_layers()`.
+        every: 0 none, 1 all layers, k every k-th.
+        ds_config: Complete DeepSpeed configuration.
+
+    Returns:
+        Number of layers wrapped.
+
+    Raises:
+        ValueError: The task offers no layers.
+    """
+    if every == 0:
+        return 0
+    offer: Callable[[], list[nn.Module]] | None = getattr(task, "checkpointable_layers", None)
+    if offer is None:
+        raise ValueError(
+            f"train.activation_checkpointing={every}, but {type(task).__name__} offers no checkpointable_layers()"
+        )
+    deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
+    layers = offer()[::every]
+    for layer in layers:
+        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        names = tuple(kwargs)
+        # Backward runs outside of autocast: recomputing in another precision would go unnoticed.
+        dtype = _autocast_dtype(args + tuple(kwargs.values()))
+
+        def layer(_anchor: Tensor, *values: Any) -> Any:
+            positional, named = values[: len(args)], values[len(args) :]
+            with torch.autocast(_anchor.device.type, dtype=dtype, enabled=dtype is not None):
+                return forward(*positional, **dict(zip(names, named, strict=True)))
+
+        # Reentrant checkpoints drop the gradients of a layer none of whose inputs needs one
+        # (a frozen layer below): the anchor always does.
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        anchor = torch.zeros(1, device=tensors[0].device, requires_grad=True)
+        return deepspeed.checkpointing.checkpoint(layer, anchor, *args, *kwargs.values())
+
+    return run
+
+
+def _autocast_dtype(values: tuple[Any, ...]) -> torch.dtype | None:
+    device = next(value.device.type for value in values if isinstance(value, Tensor))
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,209 @@
+"""One optimizer step: micro-batches, loss weighting, agreement of all ranks, update or skip."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mt_deepspeed.engine.gradients import StepGuard, UnusedParameters, nonfinite_names, sum_of_squares
+from mt_deepspeed.engine.precision import LossScale
+from mt_deepspeed.engine.protocols import Batch, Report, Task
+from mt_deepspeed.engine.runner import add_reports, to_device
+from mt_deepspeed.engine.slices import Ownership
+
+
+@dataclass
+class Fault:
+    """Why a step was skipped, as far as this rank knows."""
+
+    losses: dict[str, list[float]]
+    """Loss name -> values of this rank's micro-batches."""
+    sample_ids: list[int]
+    """Samples of the micro-batches whose loss was not finite; all of the rank's if only gradients were."""
+    parameters: list[str]
+    """Parameters whose gradient is not finite, among those this rank owns."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    report: Report
+    """(sum, count) of each loss (`loss/<name>`) and of the task's report, this rank only."""
+    num_samples: int
+    """This rank's samples."""
+    grad_norm: float
+    """Global L2 norm before clipping, of all ranks; nan or inf on a skipped step."""
+    applied: bool
+    overflow: bool = False
+    """fp16: skipped because the loss scale was too high."""
+    fault: Fault | None = None
+    requests: dict[str, bool] = field(default_factory=dict)
+    """The agreed requests (see `Stepper.step`)."""
+
+
+class Stepper:
+    """Runs optimizer steps over a DeepSpeed engine.
+
+    Args:
+        engine: DeepSpeed engine around a `TaskRunner`.
+        task: The task inside it.
+        ownership: Where DeepSpeed keeps this rank's gradients.
+        guard: Guard of the Adam instance that DeepSpeed drives.
+        seed: Run seed; dropout and noise derive from (seed, step, micro-batch, rank).
+        max_grad_norm: Unused here beyond the record: DeepSpeed clips.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        task: Task,
+        ownership: Ownership,
+        guard: StepGuard,
+        loss_scale: LossScale,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.engine = engine
+        self.task = task
+        self.ownership = ownership
+        self.guard = guard
+        self.loss_scale = loss_scale
+        self.seed = seed
+        self.device = device
+        self.unused = UnusedParameters(ownership)
+        self.weights = dict(sorted(task.loss_weights.items()))
+
+    def step(self, step: int, batches: list[Batch], requests: dict[str, bool]) -> StepResult:
+        """One optimizer step over this rank's micro-batches; all ranks call it together.
+
+        The step equals that of one large batch, however it is split: each loss counts with the number
+        of elements it averages over, relative to all micro-batches of all ranks.
+
+        Args:
+            step: Optimizer step, counted from 0.
+            batches: The rank's micro-batches, CPU tensors.
+            requests: Wishes of this rank, same keys on all ranks; granted when any rank has the wish.
+        """
+        factors = self._factors(batches)
+        self.unused.before_step()
+        report: Report = {}
+        losses: dict[str, list[Tensor]] = {name: [] for name in self.weights}
+        for micro, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+            torch.manual_seed(derive_seed(self.seed, step, micro, self.ownership.rank))
+            total = self._forward(to_device(batch, self.device), factor, report, losses)
+            self.unused.before_backward()
+            # DeepSpeed's gradients are averaged over ranks; the factors already hold the rank count.
+            self.engine.backward(total, scale_wrt_gas=False)
+            if micro + 1 < len(batches):
+                self.engine.step()  # not a boundary: counts the micro-batch
+        self.unused.after_last_backward()
+        return self._finish(batches, losses, report, requests)
+
+    def _factors(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
+        """Per micro-batch: loss name -> weight x elements x ranks / elements of the whole step."""
+        counts = torch.stack(
+            [
+                torch.stack([torch.as_tensor(found[name]).double().cpu() for name in self.weights])
+                for found in (self.task.loss_counts(batch) for batch in batches)
+            ]
+        ).to(self.device)
+        totals = counts.sum(dim=0)
+        dist.all_reduce(totals)
+        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64, device=self.device)
+        factors = weights * counts * self.ownership.world_size / totals.clamp(min=1.0)
+        return [dict(zip(self.weights, row.float(), strict=True)) for row in factors]
+
+    def _forward(
+        self, batch: Batch, factor: dict[str, Tensor], report: Report, seen: dict[str, list[Tensor]]
+    ) -> Tensor:
+        losses, found = self.engine("train", batch)
+        if set(losses) != set(self.weights):
+            raise ValueError(
+                f"the task returned losses {sorted(losses)}, its loss_weights name {sorted(self.weights)}"
+            )
+        add_reports(report, found)
+        for name, loss in losses.items():
+            seen[name].append(loss.detach())
+        total = torch.stack([factor[name] * losses[name] for name in self.weights]).sum()
+        return total * self._stage0_scale()
+
+    def _stage0_scale(self) -> float:
+        """ZeRO optimizers multiply the loss and divide the gradients themselves; stage 0 does not."""
+        if self.ownership.stage > 0:
+            if self.loss_scale.dynamic:
+                self.ownership.zero.override_loss_scale(self.loss_scale.value)
+            return 1.0
+        return self.loss_scale.value
+
+    def _finish(
+        self,
+        batches: list[Batch],
+        losses: dict[str, list[Tensor]],
+        report: Report,
+        requests: dict[str, bool],
+    ) -> StepResult:
+        values = torch.stack([torch.stack(found) for found in losses.values()])  # [loss, micro-batch]
+        bad_loss, norm, granted = self._agree(values, requests)
+        bad_gradient = not norm_is_finite(norm)
+        skip = bad_loss or bad_gradient
+        overflow = bad_gradient and not bad_loss and self.loss_scale.absorbs_overflow()
+        fault = self._fault(batches, values, bad_loss) if skip and not overflow else None
+        if self.ownership.stage == 0 and self.loss_scale.value != 1.0:
+            for parameter in self.ownership.names:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale.value)
+        self.guard.apply(self.engine, skip)
+        if self.ownership.swaps:  # gradients are on NVMe: DeepSpeed's own norm, known only now
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+            skip = skip or not norm_is_finite(norm)
+        self.loss_scale.update(overflow=skip and bad_gradient and not bad_loss)
+        return StepResult(
+            report=report,
+            num_samples=sum(len(batch["sample_ids"]) for batch in batches),
+            grad_norm=norm,
+            applied=not skip,
+            overflow=overflow,
+            fault=fault,
+            requests=granted,
+        )
+
+    def _agree(self, values: Tensor, requests: dict[str, bool]) -> tuple[bool, float, dict[str, bool]]:
+        """The one collective of a step: non-finite loss anywhere, global norm, requests of any rank."""
+        if self.ownership.swaps:
+            squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        else:
+            squares = sum_of_squares(self.ownership, self.device)
+        bad = (~torch.isfinite(values)).any().double()
+        wishes = torch.tensor([float(wish) for wish in requests.values()], dtype=torch.float64)
+        vector = torch.cat([torch.stack([squares, bad]), wishes.to(self.device)])
+        dist.all_reduce(vector)
+        summed, bad_count, *granted = vector.tolist()
+        norm = summed**0.5 / self.loss_scale.value
+        return bad_count > 0, norm, {key: value > 0 for key, value in zip(requests, granted, strict=True)}
+
+    def _fault(self, batches: list[Batch], values: Tensor, bad_loss: bool) -> Fault:
+        wrong = (~torch.isfinite(values)).any(dim=0).tolist() if bad_loss else [True] * len(batches)
+        ids = [batch["sample_ids"] for batch, is_wrong in zip(batches, wrong, strict=True) if is_wrong]
+        names = [] if self.ownership.swaps else nonfinite_names(self.ownership)
+        return Fault(
+            losses={name: row.tolist() for name, row in zip(self.weights, values, strict=True)},
+            sample_ids=[int(one) for found in ids for one in found],
+            parameters=names,
+        )
+
+
+def norm_is_finite(norm: float) -> bool:
+    """False for nan and both infinities."""
+    return norm - norm == 0.0
+
+
+def derive_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of dropout and noise for one micro-batch: differs per rank, needs no stored state to resume."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % (2**63 - 1)
