@@ -98,6 +98,9 @@ class ModelConfig:
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     cross_modal: CrossModalConfig = field(default_factory=CrossModalConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
+    init_std: float = 0.02
+    """Standard deviation of new linear and embedding weights. 0.02 suits widths near 768; narrow models
+    learn far sooner with about 1 / sqrt(width). CLIP's own initialisation depends on the width already."""
     mask_padding_in_managers: bool = True
     """True: adaptive managers ignore padded text (results do not depend on the padding).
     False: as the published code, whose weights expect texts padded to a fixed length."""

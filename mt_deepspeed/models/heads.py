@@ -112,5 +112,5 @@ def attach_heads(parent: nn.Module, model: ModelConfig, heads: HeadsConfig) -> N
     if heads.snli_ve:
         made["snli_classifier"] = classifier(2 * size, hidden, 3, depth)
     for name, head in made.items():
-        init_weights(head)
+        init_weights(head, model.init_std)
         parent.add_module(name, head)

@@ -26,9 +26,10 @@ class TextTower(nn.Module):
     Args:
         config: Sizes.
         num_states: How many top layers' outputs are returned.
+        init_std: See `ModelConfig.init_std`.
     """
 
-    def __init__(self, config: TextTowerConfig, num_states: int) -> None:
+    def __init__(self, config: TextTowerConfig, num_states: int, init_std: float = 0.02) -> None:
         super().__init__()
         self.num_states = num_states
         roberta = RobertaConfig(**_roberta_arguments(config))
@@ -36,7 +37,7 @@ class TextTower(nn.Module):
         # The parts and not `RobertaModel`: its own initialisation fails on parameters split by zero.Init.
         self.embeddings = RobertaEmbeddings(roberta)
         self.encoder = RobertaEncoder(roberta)
-        init_weights(self)
+        init_weights(self, init_std)
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor, run_layer: LayerRunner = call_layer) -> list[Tensor]:
         """Encodes a batch of texts.

@@ -49,7 +49,7 @@ class TwoTowerModel(nn.Module):
         self.run_layer: LayerRunner = call_layer
         cross, size = config.cross_modal, config.cross_modal.hidden_size
         self.vit_model = VisionTower(config.vision, config.num_image_states)
-        self.text_transformer = TextTower(config.text, config.num_text_states)
+        self.text_transformer = TextTower(config.text, config.num_text_states, config.init_std)
         self.token_type_embeddings = nn.Embedding(cross.num_token_types, size)
         self.cross_modal_text_transform = self._build_transform(config.text.hidden_size)
         self.cross_modal_image_transform = self._build_transform(config.vision.width)
@@ -70,7 +70,7 @@ class TwoTowerModel(nn.Module):
             self.cross_modal_image_link_tower = self._build_bridges()
         for name, child in self.named_children():
             if name not in ("vit_model", "text_transformer"):
-                init_weights(child)
+                init_weights(child, config.init_std)
 
     def _build_transform(self, in_size: int) -> nn.Module:
         cross = self.config.cross_modal
