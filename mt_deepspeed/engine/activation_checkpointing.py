@@ -49,22 +49,20 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         names = tuple(kwargs)
         # Backward runs outside of autocast: recomputing in another precision would go unnoticed.
-        dtype = _autocast_dtype(args + tuple(kwargs.values()))
+        device = _device((*args, *kwargs.values()))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-        def layer(_anchor: Tensor, *values: Any) -> Any:
+        def layer(*values: Any) -> Any:
             positional, named = values[: len(args)], values[len(args) :]
-            with torch.autocast(_anchor.device.type, dtype=dtype, enabled=dtype is not None):
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
                 return forward(*positional, **dict(zip(names, named, strict=True)))
 
-        # Reentrant checkpoints drop the gradients of a layer none of whose inputs needs one
-        # (a frozen layer below): the anchor always does.
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        anchor = torch.zeros(1, device=tensors[0].device, requires_grad=True)
-        return deepspeed.checkpointing.checkpoint(layer, anchor, *args, *kwargs.values())
+        # Not DeepSpeed's default `checkpoint`: with that, a layer used twice in a forward pass (as the
+        # fusion of each objective does) fails at stage 2 and silently has wrong gradients at stage 3.
+        return deepspeed.checkpointing.non_reentrant_checkpoint(layer, *args, *kwargs.values())
 
     return run
 
 
-def _autocast_dtype(values: tuple[Any, ...]) -> torch.dtype | None:
-    device = next(value.device.type for value in values if isinstance(value, Tensor))
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def _device(values: tuple[Any, ...]) -> str:
+    return next(value.device.type for value in values if isinstance(value, Tensor))
