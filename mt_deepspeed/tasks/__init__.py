@@ -1,0 +1,13 @@
+"""Tasks: what a model is trained for. A task owns model, heads, losses, metrics and the keys of its batches."""
+
+from torch import nn
+
+from mt_deepspeed.config import RunConfig
+from mt_deepspeed.tasks.pretrain import PretrainTask
+
+TASKS = {"pretrain": PretrainTask}
+
+
+def build_task(config: RunConfig) -> nn.Module:
+    """The task `config.task` names, with freshly initialised weights."""
+    return TASKS[config.task](config.model, config.objectives)

@@ -1,0 +1,183 @@
+"""Pre-training: masked language modelling and image-text matching in one forward pass.
+
+Shapes: B samples, F false images, L text tokens, P image tokens, M masked positions, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mt_deepspeed.config import ModelConfig, ObjectivesConfig
+from mt_deepspeed.config.model import HeadsConfig
+from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.flops import forward_flops
+from mt_deepspeed.models.heads import attach_heads
+from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
+from mt_deepspeed.objectives.matching import matching_loss
+from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
+
+Batch = dict[str, Tensor]
+
+HEADS = ("mlm_score", "itm_score")
+
+
+class PretrainTask(nn.Module):
+    """MLM on the masked text with its own picture, ITM on the plain text with its own or a false one.
+
+    The published code runs each objective as a forward pass of its own, so that the true pictures pass their
+    tower twice. Here masked and plain texts form one batch of 2B rows, true and false pictures one of B + F,
+    and the cross-modal encoder sees the 2B pairs at once; losses and gradients are the same.
+    """
+
+    def __init__(self, model: ModelConfig, objectives: ObjectivesConfig) -> None:
+        super().__init__()
+        self.has_mlm, self.has_itm = objectives.mlm_weight > 0, objectives.itm_weight > 0
+        if not (self.has_mlm or self.has_itm):
+            raise ValueError(
+                "objectives: mlm_weight and itm_weight are both 0; at least one must be positive"
+            )
+        self.objectives = objectives
+        self.loss_weights = {}
+        if self.has_mlm:
+            self.loss_weights["mlm"] = objectives.mlm_weight
+        if self.has_itm:
+            self.loss_weights["itm"] = objectives.itm_weight
+        self.model = TwoTowerModel(model)
+        attach_heads(self, model, HeadsConfig(mlm=self.has_mlm, itm=self.has_itm))
+        self._manager_weights: dict[str, Tensor] = {}
+        self._text_len = 0
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
+        """Losses of one micro-batch.
+
+        Args:
+            batch: `pixels [B+F,3,S,S]`, `text_mask [B,L]`; for MLM `mlm_ids`, `mlm_labels` `[B,L]`; for ITM
+                `text_ids [B,L]`, `itm_image_index [B]` (rows of `pixels`), `itm_labels [B]`.
+
+        Returns:
+            Mean losses `mlm` and `itm`, and (sum, count) of `mlm_accuracy` and `itm_accuracy`.
+        """
+        fused = self._fuse(batch)
+        losses: dict[str, Tensor] = {}
+        report: Report = {}
+        batch_size = len(batch["text_mask"])
+        if self.has_mlm:
+            feats_MD, labels_M = gather_labelled(fused.text_feats[:batch_size], batch["mlm_labels"])
+            logits_MV = self.mlm_score(feats_MD)
+            losses["mlm"] = mlm_loss(logits_MV, labels_M)
+            report["mlm_accuracy"] = pair((logits_MV.argmax(dim=-1) == labels_M).sum(), labels_M.numel())
+        if self.has_itm:
+            logits_B2 = self.itm_score(fused.cls_feats[-batch_size:])
+            losses["itm"] = matching_loss(logits_B2, batch["itm_labels"])
+            report["itm_accuracy"] = pair((logits_B2.argmax(dim=-1) == batch["itm_labels"]).sum(), batch_size)
+        return losses, report
+
+    def _fuse(self, batch: Batch, record: dict[str, Tensor] | None = None) -> FusionOutput:
+        """Both objectives' pairs through towers and fusion: MLM rows first, then ITM rows."""
+        mask_BL = batch["text_mask"]
+        self._text_len = mask_BL.shape[1]
+        texts, image_rows = [], []
+        if self.has_mlm:
+            texts.append(batch["mlm_ids"])
+            image_rows.append(torch.arange(len(mask_BL), device=mask_BL.device))
+        if self.has_itm:
+            texts.append(batch["text_ids"])
+            image_rows.append(batch["itm_image_index"])
+        masks = mask_BL.repeat(len(texts), 1)
+        text_experts = self.model.text_experts(self.model.encode_text(torch.cat(texts), masks))
+        # Projected once per picture, then copied to the pairs it belongs to.
+        image_experts = self.model.image_experts(self.model.encode_image(batch["pixels"]))
+        rows = torch.cat(image_rows)
+        return self.model.fuse_experts(
+            text_experts, [expert[rows] for expert in image_experts], masks, record
+        )
+
+    def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Masked tokens and pairs of one micro-batch."""
+        counts = {}
+        if self.has_mlm:
+            counts["mlm"] = (batch["mlm_labels"] != IGNORED).sum()
+        if self.has_itm:
+            counts["itm"] = torch.tensor(len(batch["itm_labels"]), device=batch["itm_labels"].device)
+        return counts
+
+    def eval_step(self, batch: Batch) -> Report:
+        """(sum, count) of losses and accuracies of one evaluation batch; remembers the managers' weights."""
+        if not self._manager_weights and self.model.config.has_managers:
+            record: dict[str, Tensor] = {}
+            self._fuse(batch, record)
+            self._manager_weights = manager_weights(record, self.model.config.cross_modal.num_layers)
+        losses, report = self(batch)
+        for name, count in self.loss_counts(batch).items():
+            report[f"{name}_loss"] = pair(losses[name] * count, count)
+        return report
+
+    def fill_masks(
+        self,
+        pixels: Tensor,
+        text_ids_BL: Tensor,
+        text_mask_BL: Tensor,
+        chosen_BL: Tensor,
+        record: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Vocabulary logits `[M, V]` at the positions where bool `chosen_BL` is True, in reading order.
+
+        Args:
+            pixels: `[B, 3, S, S]`.
+            text_ids_BL: Token ids with mask tokens in them.
+            text_mask_BL: 1 where a token is, 0 at padding.
+            chosen_BL: bool.
+            record: See `TwoTowerModel.fuse`.
+        """
+        text, image = self.model.encode_text(text_ids_BL, text_mask_BL), self.model.encode_image(pixels)
+        fused = self.model.fuse(text, image, text_mask_BL, record=record)
+        logits: Tensor = self.mlm_score(fused.text_feats[chosen_BL])
+        return logits
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """Sum of the accuracies, as the published code chooses its checkpoints."""
+        return sum(metrics[f"{name}_accuracy"] for name in self.loss_weights)
+
+    def heatmaps(self) -> dict[str, Tensor]:
+        """`manager_weights/text` and `/image`: `[cross-modal layer, managed layer]`, averaged over a batch."""
+        weights, self._manager_weights = self._manager_weights, {}
+        return {f"manager_weights/{modality}": weight for modality, weight in weights.items()}
+
+    def checkpointable_layers(self) -> list[nn.Module]:
+        """Layers that activation checkpointing may wrap."""
+        return self.model.checkpointable_layers()
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
+        tokens = self._text_len or self.model.config.text.max_positions
+        false_images = 0.5 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0.0
+        pairs = len(self.loss_weights)
+        masked = self.objectives.mlm_probability * tokens if self.has_mlm else 0.0
+        return 3 * forward_flops(self.model.config, tokens, pairs, 1 + false_images, masked)
+
+    @staticmethod
+    def parameter_role(name: str) -> str:
+        """The published learning-rate groups: heads, cross-modal parts, and all else (the towers)."""
+        if any(head in name for head in HEADS):
+            return "head"
+        return "cross_modal" if "cross_modal" in name else "tower"
+
+
+def manager_weights(record: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Mean weight of each managed uni-modal layer in each cross-modal layer.
+
+    Args:
+        record: Intermediates of `TwoTowerModel.fuse_experts`.
+        num_layers: Cross-modal layers.
+
+    Returns:
+        `text` and `image`: float32 `[num_layers, N]` on the CPU, averaged over channels, tokens and rows.
+    """
+    tables = {}
+    for modality in ("text", "image"):
+        rows = []
+        for layer in range(num_layers):
+            weights = record[f"manager.{modality}.{layer}.weights"].float()
+            # Static managers: [N, D]; adaptive ones: [B, L, N].
+            rows.append(weights.mean(dim=-1) if weights.dim() == 2 else weights.mean(dim=(0, 1)))
+        tables[modality] = torch.stack(rows).cpu()
+    return tables
