@@ -69,9 +69,8 @@ pip_install() {
     fi
     (
         set -o pipefail
-        "${pip[@]}" --progress-bar off -e "$1" | awk '
-            /^Collecting / { printf "    %s\n", $2; fflush() }
-            /^Installing collected/ { print "    unpacking them (a minute or two)"; fflush() }'
+        "${pip[@]}" --progress-bar off -e "$1" | sed -u -n -E \
+            -e 's/^Collecting ([^ ]+).*/    \1/p' -e 's/^Installing collected.*/    unpacking them (a minute or two)/p'
     )
 }
 
