@@ -8,17 +8,21 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def whole(parameter: Tensor) -> Iterator[None]:
-    """Makes `parameter` whole inside the context; what rank 0 writes to it there is kept by every rank.
+def whole(parameter: Tensor, write: bool = True) -> Iterator[None]:
+    """Makes `parameter` whole inside the context, on all ranks together.
 
     Does nothing for parameters that are not partitioned. One parameter at a time bounds the extra memory.
+
+    Args:
+        parameter: The parameter.
+        write: What rank 0 writes to it is kept by every rank; False: nothing written is kept.
     """
     if not hasattr(parameter, "ds_id"):
         yield
         return
     import deepspeed  # the parameter is partitioned, so DeepSpeed is installed
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield
 
 
