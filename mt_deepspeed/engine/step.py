@@ -56,7 +56,6 @@ class Stepper:
         ownership: Where DeepSpeed keeps this rank's gradients.
         guard: Guard of the Adam instance that DeepSpeed drives.
         seed: Run seed; dropout and noise derive from (seed, step, micro-batch, rank).
-        max_grad_norm: Unused here beyond the record: DeepSpeed clips.
     """
 
     def __init__(
@@ -90,50 +89,49 @@ class Stepper:
             batches: The rank's micro-batches, CPU tensors.
             requests: Wishes of this rank, same keys on all ranks; granted when any rank has the wish.
         """
-        factors = self._factors(batches)
+        counts, factors = self._weigh(batches)
         self.unused.before_step()
         report: Report = {}
-        losses: dict[str, list[Tensor]] = {name: [] for name in self.weights}
-        for micro, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+        values: list[Tensor] = []
+        for micro, batch in enumerate(batches):
             torch.manual_seed(derive_seed(self.seed, step, micro, self.ownership.rank))
-            total = self._forward(to_device(batch, self.device), factor, report, losses)
+            losses, found = self._forward(to_device(batch, self.device))
+            add_reports(report, found)
+            values.append(losses.detach())
+            for name, loss, count in zip(self.weights, losses.detach().double(), counts[micro], strict=True):
+                add_reports(report, {f"loss/{name}": torch.stack([loss * count, count])})
             self.unused.before_backward()
             # DeepSpeed's gradients are averaged over ranks; the factors already hold the rank count.
-            self.engine.backward(total, scale_wrt_gas=False)
+            self.engine.backward((losses * factors[micro]).sum() * self._own_scale(), scale_wrt_gas=False)
             if micro + 1 < len(batches):
                 self.engine.step()  # not a boundary: counts the micro-batch
         self.unused.after_last_backward()
-        return self._finish(batches, losses, report, requests)
+        return self._finish(batches, torch.stack(values), report, requests)
 
-    def _factors(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
-        """Per micro-batch: loss name -> weight x elements x ranks / elements of the whole step."""
-        counts = torch.stack(
-            [
-                torch.stack([torch.as_tensor(found[name]).double().cpu() for name in self.weights])
-                for found in (self.task.loss_counts(batch) for batch in batches)
-            ]
-        ).to(self.device)
+    def _weigh(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """Elements behind each loss [micro-batch, loss] f64, and the loss factors [micro-batch, loss] f32.
+
+        Factor = weight x elements x ranks / elements of the whole step on all ranks.
+        """
+        found = [self.task.loss_counts(batch) for batch in batches]
+        rows = [[float(one[name]) for name in self.weights] for one in found]
+        counts = torch.tensor(rows, dtype=torch.float64, device=self.device)
         totals = counts.sum(dim=0)
         dist.all_reduce(totals)
         weights = torch.tensor(list(self.weights.values()), dtype=torch.float64, device=self.device)
         factors = weights * counts * self.ownership.world_size / totals.clamp(min=1.0)
-        return [dict(zip(self.weights, row.float(), strict=True)) for row in factors]
+        return counts, factors.float()
 
-    def _forward(
-        self, batch: Batch, factor: dict[str, Tensor], report: Report, seen: dict[str, list[Tensor]]
-    ) -> Tensor:
-        losses, found = self.engine("train", batch)
+    def _forward(self, batch: Batch) -> tuple[Tensor, Report]:
+        """Losses [loss] in the order of `weights`, and the task's report."""
+        losses, report = self.engine("train", batch)
         if set(losses) != set(self.weights):
             raise ValueError(
                 f"the task returned losses {sorted(losses)}, its loss_weights name {sorted(self.weights)}"
             )
-        add_reports(report, found)
-        for name, loss in losses.items():
-            seen[name].append(loss.detach())
-        total = torch.stack([factor[name] * losses[name] for name in self.weights]).sum()
-        return total * self._stage0_scale()
+        return torch.stack([losses[name] for name in self.weights]), report
 
-    def _stage0_scale(self) -> float:
+    def _own_scale(self) -> float:
         """ZeRO optimizers multiply the loss and divide the gradients themselves; stage 0 does not."""
         if self.ownership.stage > 0:
             if self.loss_scale.dynamic:
@@ -144,11 +142,11 @@ class Stepper:
     def _finish(
         self,
         batches: list[Batch],
-        losses: dict[str, list[Tensor]],
+        values: Tensor,
         report: Report,
         requests: dict[str, bool],
     ) -> StepResult:
-        values = torch.stack([torch.stack(found) for found in losses.values()])  # [loss, micro-batch]
+        """Agrees on the step's fate and carries it out; `values` are the losses [micro-batch, loss]."""
         bad_loss, norm, granted = self._agree(values, requests)
         bad_gradient = not norm_is_finite(norm)
         skip = bad_loss or bad_gradient
@@ -188,11 +186,11 @@ class Stepper:
         return bad_count > 0, norm, {key: value > 0 for key, value in zip(requests, granted, strict=True)}
 
     def _fault(self, batches: list[Batch], values: Tensor, bad_loss: bool) -> Fault:
-        wrong = (~torch.isfinite(values)).any(dim=0).tolist() if bad_loss else [True] * len(batches)
+        wrong = (~torch.isfinite(values)).any(dim=1).tolist() if bad_loss else [True] * len(batches)
         ids = [batch["sample_ids"] for batch, is_wrong in zip(batches, wrong, strict=True) if is_wrong]
         names = [] if self.ownership.swaps else nonfinite_names(self.ownership)
         return Fault(
-            losses={name: row.tolist() for name, row in zip(self.weights, values, strict=True)},
+            losses={name: row.tolist() for name, row in zip(self.weights, values.T, strict=True)},
             sample_ids=[int(one) for found in ids for one in found],
             parameters=names,
         )

@@ -1,0 +1,89 @@
+"""Evaluation: runs the task over batches on all ranks and reduces the sums once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mt_deepspeed.engine.launch import Place
+from mt_deepspeed.engine.protocols import Batch, Report, Task
+from mt_deepspeed.engine.runner import TaskRunner, add_reports, to_device
+
+
+def evaluate(model: Any, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+    """Metrics over all ranks' batches; call on all ranks.
+
+    Ranks may have different numbers of batches, or none: who runs out repeats a batch without counting
+    it, because under ZeRO-3 every forward pass is a collective of all ranks.
+
+    Args:
+        model: DeepSpeed engine around a `TaskRunner`, or a `TaskRunner` alone; left in its mode.
+        batches: This rank's share, CPU tensors; batches without samples are not counted.
+        device: Device of the model.
+
+    Returns:
+        Report name -> sum / count. Names whose count is 0 are left out.
+    """
+    was_training = bool(getattr(model, "module", model).training)
+    model.eval()
+    total: Report = {}
+    with torch.no_grad():
+        for batch, counts in _in_lockstep(iter(batches), device):
+            report = model("eval", to_device(batch, device))
+            add_reports(total, report if counts else {name: torch.zeros_like(pair) for name, pair in report.items()})
+    model.train(was_training)
+    return reduce_report(total, device)
+
+
+def evaluate_task(task: Task, batches: Iterable[Batch], place: Place, precision: str) -> dict[str, float]:
+    """Metrics of a task outside of training; every rank holds the whole task."""
+    runner = TaskRunner(task, precision, place.device).to(place.device)
+    return evaluate(runner, batches, place.device)
+
+
+def reduce_report(report: Report, device: torch.device) -> dict[str, float]:
+    """Adds up all ranks' (sum, count) pairs in one collective; returns sum / count."""
+    names = _agreed_names(sorted(report))
+    if not names:
+        return {}
+    empty = torch.zeros(2, dtype=torch.float64, device=device)
+    table = torch.stack([report.get(name, empty).to(device=device, dtype=torch.float64) for name in names])
+    dist.all_reduce(table)
+    return {
+        name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count > 0
+    }
+
+
+def _agreed_names(names: list[str]) -> list[str]:
+    """The names any rank has, in one order."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, names)
+    return sorted(set().union(*found))
+
+
+def _in_lockstep(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, bool]]:
+    """(batch, whether it counts), the same number of times on every rank."""
+    spare: Batch | None = None
+    while True:
+        batch = next((one for one in batches if len(one["sample_ids"])), None)
+        flags = torch.zeros(dist.get_world_size(), device=device)
+        flags[dist.get_rank()] = float(batch is not None)
+        dist.all_reduce(flags)
+        have = flags.tolist()
+        if not any(have):
+            return
+        if batch is not None:
+            spare = batch
+        # All ranks learn here whether some rank never had a batch, and agree on who hands out one.
+        missing = torch.tensor(float(spare is None), device=device)
+        dist.all_reduce(missing)
+        if missing.item():
+            source = have.index(1.0)
+            handed = [batch if dist.get_rank() == source else None]
+            dist.broadcast_object_list(handed, src=source)
+            spare = spare if spare is not None else handed[0]
+        assert spare is not None
+        yield spare, batch is not None

@@ -1,0 +1,201 @@
+"""What a run tells: one progress line, `metrics.jsonl`, TensorBoard. Rank 0 writes, all ranks reduce."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mt_deepspeed.engine.evaluate import reduce_report
+from mt_deepspeed.engine.protocols import Report
+from mt_deepspeed.engine.runner import add_reports
+from mt_deepspeed.engine.step import StepResult
+
+log = logging.getLogger(__name__)
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A30": 165.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+"""Dense half-precision peak of GPUs whose name holds the key (vendors' data sheets); first match counts."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Half-precision peak of a GPU by its name; None if unknown."""
+    return next((value for key, value in PEAK_TFLOPS.items() if key in device_name), None)
+
+
+def throughput(
+    samples_per_s: float, flops_per_sample: float | None, precision: str, device: torch.device, num_devices: int
+) -> dict[str, float]:
+    """TFLOP/s per device and MFU (share of the half-precision peak; not for fp32 nor on CPUs)."""
+    if flops_per_sample is None:
+        return {}
+    achieved = samples_per_s * flops_per_sample / num_devices / 1e12
+    found = {"speed/tflops_per_device": achieved}
+    if device.type == "cuda" and precision != "fp32":
+        peak = peak_tflops(torch.cuda.get_device_name(device))
+        if peak:
+            found["speed/mfu"] = achieved / peak
+    return found
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Monitor:
+    """Collects steps and writes a record every `log_every` steps.
+
+    Args:
+        run_dir: Folder of the run; rank 0 writes `metrics.jsonl` and `tensorboard/` there.
+        flops_per_sample: Model FLOPs of a sample, forward and backward; None: no FLOP rates.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        max_steps: int,
+        log_every: int,
+        precision: str,
+        device: torch.device,
+        flops_per_sample: float | None,
+    ) -> None:
+        self.max_steps, self.log_every = max_steps, max(1, log_every)
+        self.precision, self.device, self.flops_per_sample = precision, device, flops_per_sample
+        self.lead = dist.get_rank() == 0
+        self.file = run_dir / "metrics.jsonl"
+        self.board: Any = None
+        if self.lead:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        self.latest: dict[str, float] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.report: Report = {}
+        self.samples, self.steps, self.skipped, self.norms = 0, 0, 0, 0.0
+        self.wait_s, self.busy_s = 0.0, 0.0
+
+    def add(self, result: StepResult, wait_s: float, step_s: float) -> None:
+        """Takes in one step: its result, seconds waited for data, and seconds altogether."""
+        self.steps += 1
+        self.samples += result.num_samples
+        self.wait_s += wait_s
+        self.busy_s += step_s
+        if result.applied:
+            add_reports(self.report, result.report)
+            self.norms += result.grad_norm
+        else:
+            self.skipped += 1
+
+    def due(self, step: int) -> bool:
+        """Whether the steps up to `step` (1-based) are to be written now."""
+        return step % self.log_every == 0 or step >= self.max_steps
+
+    def write_step(self, step: int, rates: dict[str, float], extra: dict[str, float]) -> None:
+        """Writes the window that ends with step `step` (1-based); call on all ranks."""
+        if self.steps == 0:
+            return
+        values = {f"train/{name}": value for name, value in reduce_report(self.report, self.device).items()}
+        sums = torch.tensor([self.samples, self.wait_s, self.busy_s], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        samples, wait_s, busy_s = sums.tolist()
+        ranks = dist.get_world_size()
+        samples_per_s = samples / max(busy_s / ranks, 1e-9)
+        peak = torch.tensor(memory_gib(self.device), dtype=torch.float64, device=self.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        applied = self.steps - self.skipped
+        values["train/grad_norm"] = self.norms / applied if applied else float("nan")
+        values |= {f"lr/{label}": rate for label, rate in rates.items()}
+        values |= {
+            "speed/samples_per_s": samples_per_s,
+            "speed/data_wait_share": wait_s / max(busy_s, 1e-9),
+            "speed/step_s": busy_s / ranks / self.steps,
+            "memory/peak_gib": peak.item(),
+        }
+        values |= throughput(samples_per_s, self.flops_per_sample, self.precision, self.device, ranks)
+        values |= extra
+        self.write(step, values)
+        if self.lead:
+            log.info("%s", self.progress_line(step, values))
+        self._restart()
+
+    def progress_line(self, step: int, values: dict[str, float]) -> str:
+        """The line a user watches: step, losses and accuracies, speed, time left."""
+        shown = [
+            f"{name.removeprefix('train/').removeprefix('loss/')} {value:.4g}"
+            for name, value in values.items()
+            if name.startswith("train/")
+        ]
+        left = (self.max_steps - step) * values["speed/step_s"]
+        mfu = f", MFU {values['speed/mfu']:.1%}" if "speed/mfu" in values else ""
+        lr = max((value for name, value in values.items() if name.startswith("lr/")), default=0.0)
+        return (
+            f"step {step}/{self.max_steps} | {' '.join(shown)} | lr {lr:.2e} | "
+            f"{values['speed/samples_per_s']:.1f} samples/s, data wait {values['speed/data_wait_share']:.0%}{mfu} | "
+            f"{values['memory/peak_gib']:.2f} GiB | {clock(left)} left"
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one record to `metrics.jsonl` and TensorBoard (rank 0)."""
+        self.latest |= values
+        if not self.lead:
+            return
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=True) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def write_pictures(self, step: int, matrices: dict[str, Tensor]) -> None:
+        """Heat maps (rank 0): one cell per entry, dark to bright from the matrix's minimum to its maximum."""
+        if self.lead:
+            for name, matrix in matrices.items():
+                self.board.add_image(name, heatmap(matrix), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes the TensorBoard files."""
+        if self.board is not None:
+            self.board.close()
+
+
+def heatmap(matrix: Tensor, cell: int = 16) -> Tensor:
+    """A matrix [R, C] as a picture [R * cell, C * cell, 3] uint8 in a dark-to-yellow scale."""
+    values = matrix.detach().float().cpu()
+    low, high = values.min(), values.max()
+    level = ((values - low) / (high - low).clamp(min=1e-12)).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    colours = torch.stack([level.sqrt(), level**2, 0.35 + 0.3 * level - 0.6 * level**3], dim=-1)
+    return (colours.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `h:mm:ss`."""
+    whole = int(max(0.0, seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
