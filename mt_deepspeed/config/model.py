@@ -148,8 +148,6 @@ class HeadsConfig:
     """Depth of the VQA, NLVR2 and SNLI-VE heads."""
     classifier_scale: float = 1.0
     """Hidden width of two-layer heads, relative to `cls_feats`."""
-    nlvr2_dropout: float = 0.0
-    """On the features of both images."""
 
 
 def _check_model(config: ModelConfig) -> None:

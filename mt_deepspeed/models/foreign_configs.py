@@ -223,7 +223,6 @@ def _reference_heads(options: Options, cross: CrossModalConfig) -> HeadsConfig:
         snli_ve="snli" in active,
         classifier_layers=options["task_head_layers"],
         classifier_scale=options["head_hidden_scale"],
-        nlvr2_dropout=options["nlvr2_drop_rate"],
     )
 
 

@@ -1,6 +1,5 @@
 """RoBERTa encoder whose top hidden states are returned. Shapes: B batch, L tokens, D hidden."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,15 +8,6 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 
 from mt_deepspeed.config.model import TextTowerConfig
 from mt_deepspeed.models.partition import init_weights
-
-LayerRunner = Callable[..., Tensor]
-"""Calls `runner(layer, *tensors)`; what wraps layers (activation checkpointing) is put in from outside."""
-
-
-def call_layer(layer: nn.Module, *tensors: Tensor) -> Tensor:
-    """The plain layer runner."""
-    output: Tensor = layer(*tensors)
-    return output
 
 
 class TextTower(nn.Module):
@@ -39,13 +29,12 @@ class TextTower(nn.Module):
         self.encoder = RobertaEncoder(roberta)
         init_weights(self, init_std)
 
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor, run_layer: LayerRunner = call_layer) -> list[Tensor]:
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> list[Tensor]:
         """Encodes a batch of texts.
 
         Args:
             ids_BL: int64 token ids; positions count the tokens that are not padding ids.
             mask_BL: 1 where a token is, 0 at padding.
-            run_layer: Calls each layer.
 
         Returns:
             `num_states` tensors `[B, L, D]`, lowest layer first.
@@ -54,7 +43,7 @@ class TextTower(nn.Module):
         attend_B11L = mask_BL.bool()[:, None, None, :]
         states = []
         for layer in self.encoder.layer:
-            hidden = run_layer(layer, hidden, attend_B11L)
+            hidden = layer(hidden, attend_B11L)
             states.append(hidden)
         return states[-self.num_states :]
 

@@ -15,7 +15,7 @@ from mt_deepspeed.config.model import ModelConfig
 from mt_deepspeed.models.cross_modal import CrossModalLayer, Pooler
 from mt_deepspeed.models.managers import Bridge, FirstBridge, Record, build_manager
 from mt_deepspeed.models.partition import init_weights
-from mt_deepspeed.models.text_tower import LayerRunner, TextTower, call_layer
+from mt_deepspeed.models.text_tower import TextTower
 from mt_deepspeed.models.vision_tower import VisionTower
 
 Modality = Literal["text", "image"]
@@ -38,15 +38,11 @@ class TwoTowerModel(nn.Module):
 
     Towers and fusion are separate calls, so that each text and image passes its tower once: rows of the
     returned states may be gathered, repeated or dropped before they are fused.
-
-    Attributes:
-        run_layer: Calls every layer of `checkpointable_layers()`; replace it to checkpoint activations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.run_layer: LayerRunner = call_layer
         cross, size = config.cross_modal, config.cross_modal.hidden_size
         self.vit_model = VisionTower(config.vision, config.num_image_states)
         self.text_transformer = TextTower(config.text, config.num_text_states, config.init_std)
@@ -101,7 +97,7 @@ class TwoTowerModel(nn.Module):
         return [first, *([rest] * count if self.config.link.shared else rest)]
 
     def checkpointable_layers(self) -> list[nn.Module]:
-        """Layers called through `run_layer`: text, vision, cross-modal text, cross-modal image."""
+        """Layers that activation checkpointing may wrap: text, vision, cross-modal text and image layers."""
         return [
             *self.text_transformer.encoder.layer,
             *self.vit_model.visual.transformer.resblocks,
@@ -119,7 +115,7 @@ class TwoTowerModel(nn.Module):
         Returns:
             N tensors `[B, L, text.hidden_size]`, lowest layer first.
         """
-        states: list[Tensor] = self.text_transformer(ids_BL, mask_BL, self.run_layer)
+        states: list[Tensor] = self.text_transformer(ids_BL, mask_BL)
         return states
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
@@ -131,7 +127,7 @@ class TwoTowerModel(nn.Module):
         Returns:
             N tensors `[B, P, vision.width]`, lowest layer first.
         """
-        states: list[Tensor] = self.vit_model(pixels, self.run_layer)
+        states: list[Tensor] = self.vit_model(pixels)
         return states
 
     def text_experts(self, states: Sequence[Tensor]) -> list[Tensor]:
@@ -213,8 +209,8 @@ class TwoTowerModel(nn.Module):
             text_in = text_link(text_experts, texts, image, None, notes["text"])
             image_in = image_link(image_experts, images, text, to_image, notes["image"])
             # Both streams read the inputs of this layer, not each other's output.
-            text = self.run_layer(text_layer, text_in, image_in, attend_B11L)
-            image = self.run_layer(image_layer, image_in, text_in, attend_B11L)
+            text = text_layer(text_in, image_in, attend_B11L)
+            image = image_layer(image_in, text_in, attend_B11L)
             texts.append(text)
             images.append(image)
             if record is not None:

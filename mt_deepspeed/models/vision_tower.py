@@ -11,7 +11,6 @@ from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import VisionTowerConfig
-from mt_deepspeed.models.text_tower import LayerRunner, call_layer
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -55,7 +54,7 @@ class _Visual(VisionTransformer):
         )
         self.proj = None  # CLIP's projection takes no part in the two-tower model
 
-    def forward(self, pixels: Tensor, num_states: int, run_layer: LayerRunner) -> list[Tensor]:
+    def forward(self, pixels: Tensor, num_states: int) -> list[Tensor]:
         patches = self.conv1(pixels)
         grid = (int(patches.shape[2]), int(patches.shape[3]))
         patches = patches.flatten(2).transpose(1, 2)
@@ -64,7 +63,7 @@ class _Visual(VisionTransformer):
         hidden = self.ln_pre(torch.cat([first, patches], dim=1) + positions)
         states = []
         for block in self.transformer.resblocks:
-            hidden = run_layer(block, hidden)
+            hidden = block(hidden)
             states.append(hidden)
         return [self.ln_post(state) for state in states[-num_states:]]
 
@@ -83,16 +82,15 @@ class VisionTower(nn.Module):
         self.patch_size = config.patch_size
         self.visual = _Visual(config)
 
-    def forward(self, pixels: Tensor, run_layer: LayerRunner = call_layer) -> list[Tensor]:
+    def forward(self, pixels: Tensor) -> list[Tensor]:
         """Encodes a batch of images.
 
         Args:
             pixels: `[B, 3, S, S]`, normalised. Another size than the configured one (also not square) is
                 taken with position embeddings resized on the fly.
-            run_layer: Calls each block.
 
         Returns:
             `num_states` tensors `[B, P, D]` after the shared `ln_post`, lowest layer first.
         """
-        states: list[Tensor] = self.visual(pixels, self.num_states, run_layer)
+        states: list[Tensor] = self.visual(pixels, self.num_states)
         return states
