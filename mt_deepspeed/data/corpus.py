@@ -1,0 +1,90 @@
+"""Several data sets as one: pairs numbered through, in the order of the configuration."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mt_deepspeed.config.run import DatasetConfig
+from mt_deepspeed.data.shards import CaptionDataset, EncodedImage
+
+_Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One (image, caption) pair; `dataset` and `row` together name the image."""
+
+    dataset: int
+    row: int
+    caption: str
+
+
+class Corpus:
+    """The data sets of a run.
+
+    Args:
+        configs: What to read.
+        root: Folder that relative paths start from.
+        key: Name of this list in the configuration, for messages.
+
+    Raises:
+        ValueError: No data set, weights on some of them only, one without pairs, or a broken folder.
+    """
+
+    def __init__(self, configs: Sequence[DatasetConfig], root: str, key: str) -> None:
+        if not configs:
+            raise ValueError(f"{key}: empty; name at least one data set folder")
+        weights = [config.weight for config in configs if config.weight is not None]
+        if weights and len(weights) != len(configs):
+            raise ValueError(
+                f"{key}: {len(weights)} of {len(configs)} data sets have a weight; set all or none"
+            )
+        self.weights = weights or None
+        base = Path(root).expanduser()
+        self.datasets = [
+            CaptionDataset(base / Path(config.path).expanduser(), config.splits) for config in configs
+        ]
+        for dataset in self.datasets:
+            if dataset.num_pairs == 0:
+                raise ValueError(f"{dataset.folder}: splits {list(dataset.splits)} hold no captions")
+        self.sizes = [dataset.num_pairs for dataset in self.datasets]
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of (image, caption) pairs."""
+        return int(self.offsets[-1])
+
+    @property
+    def digest(self) -> str:
+        """Names the content: shard hashes and splits in order; folders may move."""
+        parts = [f"{dataset.digest} {' '.join(dataset.splits)}" for dataset in self.datasets]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def check(self, part: int, num_parts: int) -> None:
+        """Opens this part of the shards and compares them with the manifests (see `CaptionDataset.check`)."""
+        for dataset in self.datasets:
+            dataset.check(part, num_parts)
+
+    def caption_bytes(self, samples_K: _Int64) -> _Int64:
+        """Length of the captions of pairs [K] in UTF-8 bytes: [K]."""
+        lengths_K = np.empty(len(samples_K), dtype=np.int64)
+        dataset_K = np.searchsorted(self.offsets, samples_K, side="right") - 1
+        for number in np.unique(dataset_K).tolist():
+            here = dataset_K == number
+            lengths_K[here] = self.datasets[number].caption_bytes(samples_K[here] - self.offsets[number])
+        return lengths_K
+
+    def sample(self, index: int) -> Sample:
+        """Reads pair `index`, without its image."""
+        number = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        pair = self.datasets[number].pair(index - int(self.offsets[number]))
+        return Sample(number, pair.row, pair.caption)
+
+    def image(self, dataset: int, row: int) -> EncodedImage:
+        """The encoded image in row `row` of data set number `dataset`."""
+        return self.datasets[dataset].image(row)

@@ -1,0 +1,226 @@
+"""Streams of batches: the endless training stream of one rank, and one pass of evaluation.
+
+    plan (order.py)  ->  read, decode, tokenise, mask, collate (collate.py)  ->  pin  ->  steps
+    stream position      `num_workers` threads or processes, in order            CUDA only
+
+A plan follows from the position alone and a batch from its plan alone, so the stream has no state to save: to
+resume is to start at another step, with any number of ranks and workers.
+"""
+
+import itertools
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
+
+from mt_deepspeed.config.run import DataConfig, RunConfig
+from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch, Negatives
+from mt_deepspeed.data.corpus import Corpus
+from mt_deepspeed.data.order import SampleOrder, micro_batches
+from mt_deepspeed.data.text import load_tokenizer
+from mt_deepspeed.data.transforms import ImageTransform
+
+EVALUATION_SEED = 0
+"""Masks and negatives of evaluation are the same in every run, whatever its seed."""
+
+
+class PretrainStream:
+    """The training samples of one rank, from any step on, for ever.
+
+    A step consumes `global_batch_size` positions of the stream, whose order is that of `order.SampleOrder`.
+
+    Args:
+        config: The run; `data`, `objectives`, `train` and the sizes in `model` are read.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: Data, tokenizer and configuration do not fit together; everything that can be told before
+            training starts is told here, for the evaluation data too.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
+        train = config.train
+        if train.global_batch_size % (train.micro_batch_size * world_size):
+            raise ValueError(
+                f"train.global_batch_size {train.global_batch_size} is no multiple of train.micro_batch_size "
+                f"{train.micro_batch_size} x {world_size} ranks"
+            )
+        self._corpus, self._maker = _prepare(config, rank, world_size, training=True)
+        if config.data.eval:
+            _prepare(config, rank, world_size, training=False)
+        if self._corpus.num_pairs < train.global_batch_size:
+            raise ValueError(
+                f"data.train holds {self._corpus.num_pairs} pairs, fewer than train.global_batch_size "
+                f"{train.global_batch_size}; lower it or add data"
+            )
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._order = SampleOrder(self._corpus.sizes, self._corpus.weights, self._corpus.digest, train.seed)
+        self._running: list[Generator[list[Batch], None, None]] = []
+
+    @property
+    def num_pairs(self) -> int:
+        """(image, caption) pairs in the training data: one epoch, without weights."""
+        return self._corpus.num_pairs
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """Yields this rank's micro-batches, one per accumulation step, of every step from `first_step` on.
+
+        Raises:
+            ShardReadError: A sample cannot be read; names file, row and reason.
+        """
+        running = self._steps(first_step)
+        self._running.append(running)
+        return running
+
+    def close(self) -> None:
+        """Stops the workers of all streams begun with `steps`."""
+        for running in self._running:
+            running.close()
+        self._running.clear()
+
+    def plan(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of one optimizer step."""
+        train = self._config.train
+        positions_G = np.arange(step * train.global_batch_size, (step + 1) * train.global_batch_size)
+        located = self._order.locate(positions_G)
+        samples_G = self._corpus.offsets[located.dataset] + located.index
+        by_length = self._config.data.padding == "longest"
+        dealt = micro_batches(
+            self._corpus.caption_bytes(samples_G) if by_length else None,
+            train.global_batch_size,
+            train.micro_batch_size,
+            self._rank,
+            self._world_size,
+        )
+        return [MicroBatch(positions_G[chosen], samples_G[chosen]) for chosen in dealt]
+
+    def _steps(self, first_step: int) -> Generator[list[Batch], None, None]:
+        plans = itertools.chain.from_iterable(map(self.plan, itertools.count(first_step)))
+        batches = _produce(plans, self._maker, self._config.data)
+        accumulation = self._config.train.global_batch_size // (
+            self._config.train.micro_batch_size * self._world_size
+        )
+        try:
+            while True:
+                yield list(itertools.islice(batches, accumulation))
+        finally:
+            batches.close()
+
+
+def eval_batches(
+    config: RunConfig, rank: int, world_size: int, max_samples: int | None = None
+) -> Iterator[Batch]:
+    """One pass over the evaluation data: every pair once over all ranks, in order, the same in every run.
+
+    All ranks yield the same number of batches of at most `train.micro_batch_size`; the last may be shorter on
+    some ranks, or empty (B = 0). Negatives are drawn from the data set whatever `objectives.itm_negatives`
+    says, so that the figures do not depend on batch size and number of ranks.
+
+    Args:
+        config: The run; `data.eval` is read.
+        rank: This rank.
+        world_size: Number of ranks.
+        max_samples: Pairs, spread evenly over the data; 0: all; None: `train.eval_max_samples`.
+
+    Raises:
+        ValueError: Data, tokenizer and configuration do not fit together.
+        ShardReadError: A sample cannot be read (while iterating).
+    """
+    corpus, maker = _prepare(config, rank, world_size, training=False)
+    if max_samples is None:
+        max_samples = config.train.eval_max_samples
+    count = min(max_samples or corpus.num_pairs, corpus.num_pairs)
+    rounds = range(0, count, config.train.micro_batch_size * world_size)
+    plans = (
+        _eval_plan(start, min(start + rounds.step, count), count, corpus.num_pairs, rank, world_size)
+        for start in rounds
+    )
+    return _produce(plans, maker, config.data)
+
+
+def _eval_plan(start: int, stop: int, count: int, num_pairs: int, rank: int, world_size: int) -> MicroBatch:
+    positions = np.array_split(np.arange(start, stop), world_size)[rank]
+    return MicroBatch(positions, positions * num_pairs // count)
+
+
+def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, BatchMaker]:
+    """Opens the data and checks that data, tokenizer and configuration fit together."""
+    data, objectives = config.data, config.objectives
+    corpus = Corpus(
+        data.train if training else data.eval, data.root, "data.train" if training else "data.eval"
+    )
+    if corpus.weights and not training:
+        raise ValueError("data.eval: weights have no meaning in evaluation; every pair is taken once")
+    tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
+    _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
+    negatives: Negatives | None = objectives.itm_negatives if training else "dataset"
+    if objectives.itm_weight <= 0:
+        negatives = None
+    elif negatives == "in_batch" and config.train.micro_batch_size < 2:
+        raise ValueError("objectives.itm_negatives in_batch needs train.micro_batch_size >= 2")
+    elif negatives == "dataset" and min(dataset.num_rows for dataset in corpus.datasets) < 2:
+        raise ValueError("ITM needs at least two images in every data set to draw negatives from")
+    corpus.check(rank, world_size)
+    name = data.train_transform if training else data.eval_transform
+    return corpus, BatchMaker(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        transform=ImageTransform(name, config.model.vision.image_size, train=training),
+        seed=config.train.seed if training else EVALUATION_SEED,
+        pad_to=data.max_text_len if data.padding == "max_length" else None,
+        mlm_probability=objectives.mlm_probability if objectives.mlm_weight > 0 else None,
+        whole_words=objectives.whole_word_masking,
+        negatives=negatives,
+    )
+
+
+def _check_text(config: RunConfig, vocab_size: int, pad_id: int) -> None:
+    data, text = config.data, config.model.text
+    if vocab_size != text.vocab_size:
+        raise ValueError(
+            f"tokenizer {data.tokenizer} has {vocab_size} tokens, model.text.vocab_size is {text.vocab_size}"
+        )
+    if pad_id != text.pad_token_id:
+        raise ValueError(
+            f"tokenizer {data.tokenizer} pads with {pad_id}, model.text.pad_token_id is {text.pad_token_id}"
+        )
+    longest = text.max_positions - pad_id - 1  # RoBERTa's positions start after the padding row
+    if not 3 <= data.max_text_len <= longest:
+        raise ValueError(f"data.max_text_len {data.max_text_len}: choose 3 to {longest} for this model")
+
+
+class _Made(Dataset[Batch]):
+    """A map-style view for `DataLoader`: the key is the plan itself."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self._maker = maker
+
+    def __getitem__(self, plan: MicroBatch) -> Batch:
+        return self._maker(plan)
+
+
+def _produce(
+    plans: Iterator[MicroBatch], maker: BatchMaker, data: DataConfig
+) -> Generator[Batch, None, None]:
+    """Makes the batches of `plans`, in order, by the workers the configuration asks for.
+
+    Threads do well because decoding, resizing and tokenising run outside the interpreter's lock. Processes go
+    through `DataLoader`, which notices a worker that dies and ends workers whose trainer has died; they start
+    from a fork server, since forking a process with CUDA, NCCL or OpenMP threads is not safe.
+    """
+    cuda = torch.cuda.is_available()
+    if data.num_workers > 0 and data.worker_kind == "process":
+        yield from DataLoader(
+            _Made(maker),
+            batch_size=None,
+            sampler=plans,
+            num_workers=data.num_workers,
+            multiprocessing_context="forkserver",
+            pin_memory=cuda,
+        )
+    else:
+        node: BaseNode[Batch] = ParallelMapper(IterableWrapper(plans), maker, data.num_workers)
+        yield from PinMemory(node) if cuda else node
