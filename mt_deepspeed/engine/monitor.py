@@ -74,6 +74,7 @@ class Monitor:
     Args:
         run_dir: Folder of the run; rank 0 writes `metrics.jsonl` and `tensorboard/` there.
         flops_per_sample: Model FLOPs of a sample, forward and backward; None: no FLOP rates.
+        first_step: Step the run continues from: TensorBoard forgets what was written after it.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Monitor:
         precision: str,
         device: torch.device,
         flops_per_sample: float | None,
+        first_step: int = 0,
     ) -> None:
         self.max_steps, self.log_every = max_steps, max(1, log_every)
         self.precision, self.device, self.flops_per_sample = precision, device, flops_per_sample
@@ -94,7 +96,8 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter
 
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+            purge = first_step if first_step else None
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self.latest: dict[str, float] = {}
         self._restart()
 

@@ -65,14 +65,15 @@ class Ownership:
         )
         self.swaps = self.stage == 3 and bool(self.zero.swap_optimizer)
 
-    def groups(self, write_back: bool = False) -> Iterator[list[Slice]]:
+    def groups(self, everything: bool = False, write_back: bool = False) -> Iterator[list[Slice]]:
         """Slices, in lists that share storage; a list is valid until the next one is asked for.
 
         Args:
+            everything: Also what other ranks own and this one holds too (stage 0: all of it).
             write_back: The caller changes the states (matters only when they live on NVMe).
         """
         if self.stage == 0:
-            yield self._plain()
+            yield self._plain(0, 1) if everything else self._plain(self.rank, self.world_size)
         elif self.stage < 3:
             for index in range(len(self.zero.bit16_groups)):
                 yield self._flat(index)
@@ -103,10 +104,10 @@ class Ownership:
             for parameter, part in zip(parameters, parts, strict=False):  # stages 1, 2: padding comes last
                 yield self.names[parameter], part
 
-    def _plain(self) -> list[Slice]:
+    def _plain(self, share: int, shares: int) -> list[Slice]:
         """Stage 0: every rank holds everything; the flat sequence of all elements is cut evenly."""
         total = sum(parameter.numel() for parameter in self.names)
-        first, last = (total * share // self.world_size for share in (self.rank, self.rank + 1))
+        first, last = (total * end // shares for end in (share, share + 1))
         slices, position = [], 0
         for parameter, name in self.names.items():
             start, stop = max(first - position, 0), min(last - position, parameter.numel())

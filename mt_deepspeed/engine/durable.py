@@ -1,0 +1,74 @@
+"""File operations that survive a crash: data is on disk before its name appears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a safetensors file and syncs it; returns its `bytes` and `sha256`."""
+    save_file(tensors, str(path))
+    sync(path)
+    return fingerprint(path)
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Writes JSON and syncs it; returns the file's `bytes` and `sha256`."""
+    return write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Writes text and syncs it; returns the file's `bytes` and `sha256`."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+    return fingerprint(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a small file at once: readers see the old text or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_text(temporary, text)
+    rename(temporary, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames within a folder and syncs the folder."""
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder so that a half-deleted one never looks whole: renamed first."""
+    doomed = path.with_name(f".deleting-{path.name}")
+    if path.exists():
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.replace(path, doomed)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

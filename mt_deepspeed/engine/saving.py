@@ -1,0 +1,202 @@
+"""When a run saves, what it resumes from, and what it says about it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mt_deepspeed.config import CheckpointConfig, RunConfig, to_dict
+from mt_deepspeed.engine import store
+from mt_deepspeed.engine.build import Session
+from mt_deepspeed.engine.checkpoint import (
+    base_state,
+    find,
+    load_moments,
+    load_weights,
+    take_snapshot,
+    versions,
+    write_snapshot,
+)
+from mt_deepspeed.engine.ds_config import DsConfigError
+from mt_deepspeed.engine.nonfinite import NonFinitePolicy
+from mt_deepspeed.engine.protocols import Task
+from mt_deepspeed.engine.store import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_root(run_dir: str | Path) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps, skipped ones included: the stream's position is step x global batch."""
+    adam_steps: int = 0
+    """Steps that moved the weights."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint a run continues."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @classmethod
+    def find(cls, config: RunConfig) -> Resume | None:
+        """The checkpoint to continue, by `checkpoint.resume`; None: start anew. Call on all ranks.
+
+        Raises:
+            CheckpointError: `must` without a valid checkpoint.
+            DsConfigError: The global batch size changed: the sample stream would not continue.
+        """
+        root = checkpoint_root(config.run_dir)
+        mode = config.checkpoint.resume
+        if mode == "never":
+            _put_aside(root)
+            return None
+        folder = find(root)
+        if folder is None:
+            if mode == "must":
+                raise CheckpointError(
+                    f"checkpoint.resume=must, but {root} holds no valid checkpoint; "
+                    "check run_dir, or use checkpoint.resume=auto to start anew"
+                )
+            return None
+        state = store.read_state(folder)
+        if state["global_batch_size"] != config.train.global_batch_size:
+            raise DsConfigError(
+                f"train.global_batch_size is {config.train.global_batch_size}, but {folder} was trained with "
+                f"{state['global_batch_size']}: the sample stream would not continue. Restore it (rank count, "
+                "micro-batch size and accumulation may change), or start anew with another run_dir"
+            )
+        return cls(folder, state)
+
+    def prepare(self, task: Task, config: RunConfig) -> None:
+        """Loads the weights into the task, before DeepSpeed takes it, and says what differs from then."""
+        load_weights(task, self.folder)
+        state = self.state
+        log.info(
+            "resuming from %s: step %d, %d samples; saved by %d ranks at ZeRO stage %d in %s",
+            self.folder,
+            state["step"],
+            state["samples"],
+            state["world_size"],
+            state["zero_stage"],
+            state["precision"],
+        )
+        for line in differences(state["config"], to_dict(config)):
+            log.info("configuration differs from the checkpoint: %s", line)
+        for line in differences(state["versions"], versions()):
+            log.info("version differs from the checkpoint: %s", line)
+
+    def restore(self, session: Session, policy: NonFinitePolicy) -> Progress:
+        """Restores the optimizer and counters after DeepSpeed has been initialized."""
+        state = self.state
+        load_moments(session, self.folder, state["adam_steps"])
+        if session.loss_scale.dynamic and state["precision"] == "fp16":
+            session.loss_scale.value = state["loss_scale"]["value"]
+            session.loss_scale.clean_steps = state["loss_scale"]["clean_steps"]
+        policy.load(state["nonfinite"])
+        return Progress(state["step"], state["adam_steps"])
+
+
+class Saver:
+    """Saves by step, by minute, at the end, and when evaluation was best."""
+
+    def __init__(self, session: Session, policy: NonFinitePolicy) -> None:
+        self.session = session
+        self.policy = policy
+        self.config: CheckpointConfig = session.config.checkpoint
+        self.root = checkpoint_root(session.config.run_dir)
+        self.saved_step = -1
+        self.last_save = time.monotonic()
+        self.best = store.read_best(self.root)
+        self.last_save_s = 0.0
+
+    def minutes_are_over(self) -> bool:
+        """Whether this rank's clock asks for a save; only rank 0's clock does."""
+        minutes = self.config.every_minutes
+        return dist.get_rank() == 0 and minutes > 0 and time.monotonic() - self.last_save > 60.0 * minutes
+
+    def due(self, step: int, asked: bool) -> bool:
+        """Whether to save after step `step` (1-based).
+
+        Args:
+            asked: The agreed answer to `minutes_are_over`.
+        """
+        by_step = self.config.every_steps > 0 and step % self.config.every_steps == 0
+        return asked or by_step or step == self.session.config.train.max_steps
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether metrics (with their `eval/` prefix) beat the best checkpoint so far.
+
+        Raises:
+            CheckpointError: The evaluation does not report `checkpoint.best_metric`.
+        """
+        name = self.config.best_metric
+        if not name:
+            return False
+        if name not in metrics:
+            raise CheckpointError(
+                f"checkpoint.best_metric={name}: the evaluation reports {', '.join(sorted(metrics))}"
+            )
+        known = self.best is not None and self.best["metric"] == name
+        return not known or metrics[name] > self.best["value"]  # type: ignore[index]
+
+    def save(self, progress: Progress, best: dict[str, float] | None = None) -> None:
+        """Saves now, unless this step is saved already; call on all ranks.
+
+        Args:
+            best: Evaluation metrics of this step if they are the best so far.
+        """
+        started = time.monotonic()
+        if self.saved_step != progress.step:
+            state = base_state(self.session, progress.step, progress.adam_steps)
+            state["nonfinite"] = self.policy.state()
+            state["config"] = to_dict(self.session.config)
+            folder = write_snapshot(take_snapshot(self.session, state), self.root)
+            self.saved_step = progress.step
+            self.last_save = time.monotonic()
+            self.last_save_s = self.last_save - started
+            log.info("saved %s in %.1f s", folder, self.last_save_s)
+        if best is not None:
+            name = self.config.best_metric
+            self.best = {"step": progress.step, "metric": name, "value": best[name]}
+        if dist.get_rank() == 0:
+            if best is not None:
+                store.write_best(self.root, progress.step, self.config.best_metric, best[self.config.best_metric])
+            store.retain(self.root, self.config.keep_last)
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs between two trees of dicts."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+
+
+def _put_aside(root: Path) -> None:
+    """Keeps an earlier run's checkpoints out of the way of a run that must start anew."""
+    if dist.get_rank() == 0 and store.list_steps(root):
+        number = 1
+        while (aside := root.with_name(f"{root.name}.old-{number}")).exists():
+            number += 1
+        root.rename(aside)
+        log.warning("checkpoint.resume=never: earlier checkpoints moved to %s", aside)
+    dist.barrier()
