@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from mt_deepspeed.evaluation.sums import averages
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
+
+def averages(report: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(total / count) for name, (total, count) in report.items()}
+
 
 MASK, VOCAB = 9, 10
 CLASSES = {5: "colour", 6: "colour", 7: "shape"}

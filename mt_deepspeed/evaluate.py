@@ -1,0 +1,163 @@
+"""Evaluates a model: `python -m mt_deepspeed.evaluate --checkpoint RUN_OR_EXPORT [--shards DIR --splits val]`.
+
+Prints MLM and ITM figures of the held-out pairs; with `--visual-words`, also the accuracy at masked words that
+only the picture tells, given the right, a shuffled and no picture. Runs on one process, or on many under the
+`deepspeed` launcher or `srun`; every pair counts once.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mt_deepspeed.config import DatasetConfig, RunConfig
+from mt_deepspeed.data.pipeline import eval_batches
+from mt_deepspeed.data.text import CaptionTokenizer
+from mt_deepspeed.engine import launch
+from mt_deepspeed.engine.evaluate import evaluate_task, reduce_report
+from mt_deepspeed.engine.launch import Place
+from mt_deepspeed.engine.runner import add_reports, to_device
+from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
+from mt_deepspeed.pretrained import Pretrained, load
+
+Batch = dict[str, Tensor]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    args = _parse(arguments)
+    place = launch.init()
+    try:
+        pretrained = load(args.checkpoint, place.device)
+        config = _config(pretrained.config, args)
+        metrics = evaluate_pretrained(pretrained, config, place, args.visual_words, args.max_samples)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        launch.shutdown()
+    if place.rank == 0:
+        for name, value in metrics.items():
+            print(f"{name:40} {value:.4f}")
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+
+
+def evaluate_pretrained(
+    pretrained: Pretrained, config: RunConfig, place: Place, visual_words: Path | None, max_samples: int
+) -> dict[str, float]:
+    """All figures, by name; call on all ranks.
+
+    Args:
+        pretrained: The model, on `place.device`.
+        config: Says which data (`data.eval`) and which batch size (`train.micro_batch_size`).
+        place: This rank.
+        visual_words: JSON file class -> words; None: leave these figures out.
+        max_samples: Pairs, spread evenly; 0: all.
+    """
+
+    def batches() -> Iterator[Batch]:
+        return eval_batches(config, place.rank, place.world_size, max_samples)
+
+    metrics = evaluate_task(pretrained.task, batches(), place, config.train.precision)
+    if visual_words is not None and pretrained.task.has_mlm:
+        classes = token_classes(visual_words, pretrained.tokenizer)
+        metrics |= _visual_figures(pretrained, batches(), classes, place)
+    return dict(sorted(metrics.items()))
+
+
+def token_classes(visual_words: Path, tokenizer: CaptionTokenizer) -> dict[int, str]:
+    """Token id -> class of every visual word that is a single token, at a text's start or behind a space.
+
+    Raises:
+        ValueError: The file is not such a JSON, or none of its words is a single token.
+    """
+    try:
+        classes = json.loads(visual_words.read_text("utf-8"))
+        pairs = [(word, name) for name, words in classes.items() for word in words]
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f'--visual-words {visual_words}: expected JSON {{"class": ["word", ...]}}: {error}'
+        ) from error
+    found = {}
+    for word, name in pairs:
+        for text in (word, f"a {word}"):
+            ids = tokenizer.encode(text).ids.tolist()
+            if len(ids) == len(text.split()) + 2:
+                found[ids[-2]] = name
+    if not found:
+        raise ValueError(
+            f"--visual-words {visual_words}: no word is a single token of this model's tokenizer"
+        )
+    return found
+
+
+def _visual_figures(
+    pretrained: Pretrained, batches: Iterator[Batch], classes: dict[int, str], place: Place
+) -> dict[str, float]:
+    mask_id = pretrained.tokenizer.mask_id
+    total: dict[str, Tensor] = {}
+    asked: dict[str, Counter[int]] = {name: Counter() for name in classes.values()}
+    pretrained.task.eval()
+    with torch.no_grad():
+        for batch in batches:
+            if len(batch["text_ids"]) == 0:
+                continue
+            _, chosen = mask_one_visual_word(batch["text_ids"], classes, mask_id, batch["sample_ids"])
+            for token in batch["text_ids"][chosen].tolist():
+                asked[classes[token]][token] += 1
+            on_device = to_device(batch, place.device)
+            add_reports(total, visual_word_report(pretrained.task.fill_masks, on_device, classes, mask_id))
+    metrics = reduce_report(total, place.device)
+    return {**metrics, "visual_chance": majority_share(asked)}
+
+
+def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """The run's configuration with the data of the command line."""
+    data = config.data
+    if args.shards is not None:
+        chosen = DatasetConfig(path=str(args.shards.resolve()), splits=tuple(args.splits))
+        data = dataclasses.replace(data, eval=(chosen,))
+    if not data.eval:
+        raise ValueError(
+            "no evaluation data: the model's configuration names none (data.eval); pass --shards DIR"
+        )
+    if (Path(args.checkpoint) / "vocab.json").is_file():  # an exported model brings its tokenizer
+        data = dataclasses.replace(data, tokenizer=str(Path(args.checkpoint).resolve()))
+    train = dataclasses.replace(config.train, micro_batch_size=args.batch_size)
+    if args.precision is not None:
+        train = dataclasses.replace(train, precision=args.precision)
+    return dataclasses.replace(config, data=data, train=train)
+
+
+def _parse(arguments: list[str] | None) -> Any:
+    parser = argparse.ArgumentParser(
+        prog="python -m mt_deepspeed.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or exported model")
+    parser.add_argument("--shards", type=Path, help="shard folder; default: the run's data.eval")
+    parser.add_argument("--splits", nargs="+", default=["val"], help="splits of --shards (default: val)")
+    parser.add_argument(
+        "--visual-words", type=Path, help="JSON file: class -> words that only a picture tells"
+    )
+    parser.add_argument("--max-samples", type=int, default=0, help="pairs, spread evenly; 0: all (default)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="pairs per rank and forward pass (default: 64)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Exports a run: `python -m mt_deepspeed.export --checkpoint RUN --out DIR`.
+
+Writes weights as safetensors in the published parameter names, configuration, tokenizer and picture settings,
+loads them back and compares the logits bit for bit before it says so.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mt_deepspeed.pretrained import Pretrained, load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mt_deepspeed.export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    args = parser.parse_args(arguments)
+    try:
+        pretrained = load(args.checkpoint)
+        export(pretrained, args.out)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    files = sorted(file.name for file in args.out.iterdir())
+    size_mib = sum((args.out / file).stat().st_size for file in files) / 2**20
+    print(
+        f"exported to {args.out}: {', '.join(files)} ({size_mib:.1f} MiB); logits of the reloaded model are equal"
+    )
+
+
+def export(pretrained: Pretrained, out: Path) -> None:
+    """Writes `out` and proves it.
+
+    Raises:
+        ValueError: `out` holds something else, or the reloaded model computes other logits.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "model.safetensors").exists():
+        raise ValueError(f"--out {out}: is not empty and holds no exported model; choose another folder")
+    pretrained.save(out)
+    for name, (before, after) in _both_logits(pretrained, load(out)).items():
+        if not torch.equal(before, after):
+            raise ValueError(
+                f"{out}: {name} logits of the reloaded model differ by up to {(before - after).abs().max():.3g}"
+            )
+
+
+def _both_logits(first: Pretrained, second: Pretrained) -> dict[str, tuple[Tensor, Tensor]]:
+    one, two = probe_logits(first), probe_logits(second)
+    return {name: (one[name], two[name]) for name in one}
+
+
+@torch.no_grad()
+def probe_logits(pretrained: Pretrained) -> dict[str, Tensor]:
+    """Logits of every head on fixed random input."""
+    generator = torch.Generator().manual_seed(0)
+    model, data = pretrained.config.model, pretrained.config.data
+    length = min(8, data.max_text_len)
+    ids = torch.randint(4, model.text.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if data.padding == "longest":  # then padding must not matter, so that it may be there
+        ids[1, length // 2 :], mask[1, length // 2 :] = model.text.pad_token_id, 0
+    side = model.vision.image_size
+    pixels = torch.randn(2, 3, side, side, generator=generator)
+    device = pretrained.device
+    fused = pretrained.task.model(ids.to(device), mask.to(device), pixels.to(device))
+    logits = {}
+    if pretrained.task.has_mlm:
+        logits["mlm"] = pretrained.task.mlm_score(fused.text_feats)
+    if pretrained.task.has_itm:
+        logits["itm"] = pretrained.task.itm_score(fused.cls_feats)
+    return logits
+
+
+if __name__ == "__main__":
+    main()

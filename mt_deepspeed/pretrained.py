@@ -1,0 +1,211 @@
+"""A trained model with its tokenizer and picture settings: from a run folder or an exported one.
+
+An exported folder holds `model.safetensors` (plain layout: the published parameter names), `config.json`
+and the tokenizer's files; nothing in it depends on DeepSpeed or on the machine that trained it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mt_deepspeed.config import DataConfig, RunConfig, from_dict, load_config, to_dict
+from mt_deepspeed.data.images import decode_image, to_tensor
+from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
+from mt_deepspeed.data.transforms import MEAN, STD, ImageTransform, normalise
+from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
+from mt_deepspeed.tasks import build_task
+from mt_deepspeed.tasks.pretrain import PretrainTask
+
+FORMAT_VERSION = 1
+WEIGHTS, SETTINGS, RUN_CONFIG = "model.safetensors", "config.json", "config.yaml"
+EXPORTED_DATA = ("max_text_len", "padding", "eval_transform")
+
+Picture = str | Path | Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """A word for a mask and its probability."""
+
+    word: str
+    probability: float
+
+
+class Pretrained:
+    """A model ready for inference.
+
+    Attributes:
+        config: What it was trained with; of an exported model only the parts that inference needs.
+        task: The model with its heads, in evaluation mode.
+        tokenizer: Reads `<mask>` in a text as the mask token.
+        provenance: Where the weights come from.
+    """
+
+    def __init__(
+        self, config: RunConfig, task: PretrainTask, tokenizer: CaptionTokenizer, provenance: dict[str, Any]
+    ) -> None:
+        self.config = config
+        self.task = task.eval()
+        self.tokenizer = tokenizer
+        self.provenance = provenance
+        self.transform = ImageTransform(
+            config.data.eval_transform, config.model.vision.image_size, train=False
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.task.parameters()).device
+
+    def pixels(self, pictures: Sequence[Picture]) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` of pictures or picture files."""
+        generator = np.random.default_rng(0)  # evaluation transforms draw nothing from it
+        decoded = []
+        for picture in pictures:
+            if isinstance(picture, Image.Image):
+                raw = to_tensor(picture.convert("RGB"))
+            else:
+                raw = decode_image(np.fromfile(picture, dtype=np.uint8))
+            decoded.append(normalise(self.transform(raw, generator)))
+        return torch.stack(decoded).to(self.device)
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[B, L]` (int64; 1 token, 0 padding), padded as in training."""
+        encoded = [self.tokenizer.encode(text).ids for text in texts]
+        longest = max(len(ids) for ids in encoded)
+        length = self.config.data.max_text_len if self.config.data.padding == "max_length" else longest
+        ids = torch.full((len(encoded), length), self.tokenizer.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @torch.no_grad()
+    def match(self, pictures: Sequence[Picture], texts: Sequence[str]) -> Tensor:
+        """Probability that picture and text of each row belong together, `[B]` float32.
+
+        Raises:
+            ValueError: The model was trained without ITM.
+        """
+        if not self.task.has_itm:
+            raise ValueError("this model has no matching head (itm_score): it was trained without ITM")
+        fused = self.task.model(*self.tokens(texts), self.pixels(pictures))
+        probability: Tensor = self.task.itm_score(fused.cls_feats).float().softmax(dim=-1)[:, 1]
+        return probability
+
+    @torch.no_grad()
+    def fill_masks(
+        self, picture: Picture, text: str, top: int = 5, record: dict[str, Tensor] | None = None
+    ) -> list[list[Guess]]:
+        """The likeliest words for each `<mask>` in `text`, best first.
+
+        Raises:
+            ValueError: No `<mask>` in the text, or the model was trained without MLM.
+        """
+        if not self.task.has_mlm:
+            raise ValueError("this model has no vocabulary head (mlm_score): it was trained without MLM")
+        ids, mask = self.tokens([text])
+        chosen = ids == self.tokenizer.mask_id
+        if not chosen.any():
+            raise ValueError(f"{text!r}: found no <mask>, expected at least one")
+        logits = self.task.fill_masks(self.pixels([picture]), ids, mask, chosen, record)
+        best = logits.float().softmax(dim=-1).topk(top)
+        return [
+            [
+                Guess(self.tokenizer.decode([token]).strip(), value)
+                for token, value in zip(tokens, values, strict=True)
+            ]
+            for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Writes the exported folder; see the module docstring."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(folder)
+        state = plain_state_dict(self.task)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        data = {name: getattr(self.config.data, name) for name in EXPORTED_DATA}
+        settings = {
+            "format_version": FORMAT_VERSION,
+            "config": {
+                "task": self.config.task,
+                "model": to_dict(self.config.model),
+                "objectives": to_dict(self.config.objectives),
+                "data": data,
+            },
+            "image_processor": {
+                "image_size": self.config.model.vision.image_size,
+                "transform": self.config.data.eval_transform,
+                "resample": "bicubic",
+                "mean": (MEAN / 255).flatten().tolist(),
+                "std": (STD / 255).flatten().tolist(),
+            },
+            "provenance": self.provenance,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
+    """Loads a run folder (its best checkpoint, else its newest) or an exported folder.
+
+    Raises:
+        ValueError: Neither of the two, or damaged.
+    """
+    folder = Path(folder)
+    if (folder / SETTINGS).is_file():
+        pretrained = _from_export(folder)
+    elif (folder / RUN_CONFIG).is_file():
+        pretrained = _from_run(folder)
+    else:
+        raise ValueError(
+            f"{folder}: found neither {SETTINGS} (an exported model) nor {RUN_CONFIG} (a run folder)"
+        )
+    pretrained.task.to(device)
+    return pretrained
+
+
+def _from_export(folder: Path) -> Pretrained:
+    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    if settings.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / SETTINGS}: format_version {settings.get('format_version')!r}, expected {FORMAT_VERSION}"
+        )
+    config = from_dict(RunConfig, settings["config"])
+    task = _build(config)
+    import_checkpoint(task, folder / WEIGHTS)
+    return Pretrained(config, task, _tokenizer(config.data, ".", folder), settings["provenance"])
+
+
+def _from_run(folder: Path) -> Pretrained:
+    from mt_deepspeed.engine.checkpoint import (
+        choose_weights,
+        read_weights,
+    )  # DeepSpeed takes seconds to import
+
+    config = load_config(files=[folder / RUN_CONFIG])
+    task = _build(config)
+    checkpoint = choose_weights(folder)
+    import_checkpoint(task, dict(read_weights(checkpoint)))
+    provenance = {"run": folder.resolve().name, "checkpoint": checkpoint.name}
+    return Pretrained(
+        config, task, _tokenizer(config.data, config.data.tokenizer, config.data.root), provenance
+    )
+
+
+def _build(config: RunConfig) -> PretrainTask:
+    task = build_task(config)
+    assert isinstance(task, PretrainTask)
+    return task
+
+
+def _tokenizer(data: DataConfig, source: str, root: str | Path) -> CaptionTokenizer:
+    return load_tokenizer(source, root, data.max_text_len, special_in_text=True)

@@ -1,0 +1,81 @@
+"""Pre-trains a model.
+
+deepspeed --module mt_deepspeed.train --preset managertower-base --deepspeed_config ds_configs/zero2.json \
+        --set data.root=/data/shards train.max_steps=1000
+srun python -m mt_deepspeed.train ...        # one task per rank
+python -m mt_deepspeed.train ...             # one process
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mt_deepspeed.config import RunConfig, load_config, preset_names, to_yaml
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    args = _parse(arguments)
+    try:
+        config = load_config(args.preset, args.config, args.set)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return
+    run(config, args.deepspeed_config)
+
+
+def run(config: RunConfig, deepspeed_config: Path) -> None:
+    """Trains on the ranks the environment describes; a wrong setting ends all of them with one message."""
+    # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
+    from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+    from mt_deepspeed.engine import launch
+    from mt_deepspeed.engine.build import model_context, plan
+    from mt_deepspeed.engine.ds_config import load_ds_config
+    from mt_deepspeed.engine.loop import train
+    from mt_deepspeed.tasks import build_task
+    from mt_deepspeed.weights import load_starting_weights
+
+    place = launch.init()
+    try:
+        ds_config = load_ds_config(deepspeed_config)
+        plan(config, ds_config, place)
+        stream = PretrainStream(config, place.rank, place.world_size)
+        with model_context(config, ds_config, place):
+            task = build_task(config)
+        load_starting_weights(task, config)
+        batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
+        train(config, ds_config, task, stream, batches, place)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        launch.shutdown()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mt_deepspeed.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}")
+    parser.add_argument(
+        "--config", nargs="+", action="extend", default=[], type=Path, help="YAML files over it"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single settings over both"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=Path("ds_configs/zero1.json"),
+        help="memory and communication settings (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
