@@ -65,22 +65,23 @@ def manager_aggregation(
     Returns:
         `[B, L, D]`, dtype of the experts.
     """
+    if not experts:
+        raise ValueError("manager_aggregation: found no experts, expected at least one")
+    if previous and previous_weight is None:
+        raise ValueError(f"manager_aggregation: {len(previous)} previous states need previous_weight")
     dtype = torch.promote_types(experts[0].dtype, torch.float32)
     gain, bias = norm_weight.to(dtype), norm_bias.to(dtype)
-    weights = mixing_weights(logits, temperature, noise)
-    total: Tensor | None = None
-    for i, expert in enumerate(experts):
-        if statistics is None:
-            normed = F.layer_norm(expert.to(dtype), expert.shape[-1:], gain[i], bias[i], eps)
-        else:
-            mean, inverse_deviation = statistics[i]
-            normed = (expert.to(dtype) - mean) * inverse_deviation * gain[i] + bias[i]
-        total = weights[i] * normed if total is None else total + weights[i] * normed
-    if total is None:
-        raise ValueError("manager_aggregation: found no experts, expected at least one")
-    for j, state in enumerate(previous, start=len(experts)):
-        if previous_weight is None:
-            raise ValueError(f"manager_aggregation: {len(previous)} previous states need previous_weight")
-        normed = F.layer_norm(state.to(dtype), state.shape[-1:], gain[j], bias[j], eps)
-        total = total + previous_weight[j - len(experts)].to(dtype) * normed
+    weights = [*mixing_weights(logits, temperature, noise)]
+    if previous_weight is not None:
+        weights += previous_weight.to(dtype)
+
+    def normed(i: int, state: Tensor) -> Tensor:
+        if statistics is None or i >= len(experts):
+            return F.layer_norm(state.to(dtype), state.shape[-1:], gain[i], bias[i], eps)
+        mean, inverse_deviation = statistics[i]
+        return (state.to(dtype) - mean) * inverse_deviation * gain[i] + bias[i]
+
+    total = weights[0] * normed(0, experts[0])
+    for i, state in enumerate([*experts[1:], *previous], start=1):
+        total = torch.addcmul(total, weights[i], normed(i, state))
     return total.to(experts[0].dtype)
