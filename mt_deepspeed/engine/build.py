@@ -52,7 +52,7 @@ def plan(config: RunConfig, ds_config: dict[str, Any], place: Place) -> tuple[Ba
     """
     split = split_batch(config.train.global_batch_size, config.train.micro_batch_size, place.world_size)
     check_precision(config.train.precision, place.device, ds_config)
-    return split, merge(ds_config, config, split)
+    return split, merge(ds_config, config, split, place.device)
 
 
 def build(config: RunConfig, ds_config: dict[str, Any], task: Task, place: Place) -> Session:

@@ -59,6 +59,8 @@ REFUSED_ZERO_KEYS = {
     "leaf_module": "a tower returns a list of hidden states, which DeepSpeed's leaf modules cannot handle",
 }
 
+REFUSED_ACTIVATION_KEYS = ("partition_activations", "contiguous_memory_optimization")
+
 
 class DsConfigError(ValueError):
     """A DeepSpeed configuration, or its combination with the run configuration, that cannot be used."""
@@ -114,6 +116,9 @@ def check_ds_config(values: dict[str, Any], where: str) -> None:
     for key, reason in REFUSED_ZERO_KEYS.items():
         if zero.get(key) not in (None, False, 1):
             raise DsConfigError(f"{where}: zero_optimization.{key} is refused: {reason}; remove it")
+    for key in REFUSED_ACTIVATION_KEYS:
+        if values.get("activation_checkpointing", {}).get(key):
+            raise DsConfigError(f"{where}: activation_checkpointing.{key} needs model parallelism; remove it")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise DsConfigError(f"{where}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
@@ -179,7 +184,9 @@ def check_precision(precision: str, device: torch.device, ds_config: dict[str, A
         )
 
 
-def merge(ds_config: dict[str, Any], config: RunConfig, split: BatchSplit) -> dict[str, Any]:
+def merge(
+    ds_config: dict[str, Any], config: RunConfig, split: BatchSplit, device: torch.device
+) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
 
     DeepSpeed always works on fp32 weights: mixed precision is torch autocast around the forward pass
@@ -196,8 +203,9 @@ def merge(ds_config: dict[str, Any], config: RunConfig, split: BatchSplit) -> di
         steps_per_print=10**9,
     )
     merged.setdefault("zero_optimization", {"stage": 0})
-    if split.world_size == 1 and zero_stage(merged) < 3:
-        merged["zero_optimization"]["overlap_comm"] = False
+    if device.type == "cpu" and merged.get("activation_checkpointing", {}).get("cpu_checkpointing"):
+        # They are there already, and DeepSpeed would empty them without having made a copy.
+        merged["activation_checkpointing"]["cpu_checkpointing"] = False
     return merged
 
 
