@@ -1,11 +1,16 @@
 """Command line: `python -m data_tools synth | convert | verify | stats | peek`."""
 
 import argparse
-import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+
+from data_tools.pool import available_cores
+
+# Each command imports what it needs: `synth` runs without pyarrow, and `--help` at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,15 +18,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"data_tools {options.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            f"data_tools {options.command}: interrupted; the same command goes on from here", file=sys.stderr
+        )
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    synth = commands.add_parser("synth", help="write a procedural world in the raw layout of data sets")
+    _add_synth(commands.add_parser("synth", help="write a procedural world in the raw layout of data sets"))
+    _add_convert(commands.add_parser("convert", help="turn raw data into shards"))
+    verify = commands.add_parser("verify", help="check shards against their manifest")
+    verify.add_argument("folder", type=Path)
+    verify.add_argument("--full", action="store_true", help="also hash the files and decode every picture")
+    verify.add_argument("--workers", type=int, default=available_cores(), help="processes")
+    verify.set_defaults(run=_verify)
+    stats = commands.add_parser("stats", help="count rows, texts, bytes, words beside the published counts")
+    stats.add_argument("folder", type=Path)
+    stats.set_defaults(run=_stats)
+    peek = commands.add_parser("peek", help="print rows, draw a contact sheet")
+    peek.add_argument("folder", type=Path)
+    peek.add_argument("--split", help="default: all")
+    peek.add_argument("--rows", type=int, default=8)
+    peek.add_argument("--png", type=Path, help="file for the contact sheet")
+    peek.set_defaults(run=_peek)
+    return parser
+
+
+def _add_synth(synth: argparse.ArgumentParser) -> None:
     synth.add_argument(
         "--out", type=Path, required=True, help="folder; each layout gets one of its own below"
     )
@@ -31,14 +60,22 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")
     synth.add_argument("--workers", type=int, default=available_cores(), help="processes")
     synth.set_defaults(run=_synth)
-    return parser
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _add_convert(convert: argparse.ArgumentParser) -> None:
+    from data_tools.sources import SOURCES
+
+    convert.add_argument("dataset", choices=sorted(SOURCES))
+    convert.add_argument("--raw", type=Path, required=True, help="folder in the official layout")
+    convert.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    convert.add_argument(
+        "--annotations", nargs="+", type=Path, metavar="FILE", help="below --raw; default: looked for there"
+    )
+    convert.add_argument(
+        "--policy", choices=("skip", "error"), default="skip", help="what to do with a bad picture"
+    )
+    convert.add_argument("--workers", type=int, default=available_cores(), help="processes")
+    convert.set_defaults(run=_convert)
 
 
 class Progress:
@@ -74,4 +111,82 @@ def _synth(options: argparse.Namespace) -> int:
         options.workers,
         Progress(),
     )
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from data_tools.sources import SOURCES, AnnotationError
+    from data_tools.writer import Job, convert
+
+    source = SOURCES[options.dataset]
+    if not options.raw.is_dir():
+        raise AnnotationError(
+            f"--raw {options.raw}: not a folder; expected the raw data of {options.dataset}"
+        )
+    if options.annotations:
+        files = [options.raw / path for path in options.annotations]
+        for path in files:
+            if not path.is_file():
+                raise AnnotationError(f"--annotations: {path} is not there")
+    else:
+        files = source.find(options.raw)
+    job = Job(
+        dataset=options.dataset,
+        task=source.task,
+        rows=source.rows(options.raw, files),
+        raw=options.raw,
+        annotations=tuple(files),
+        options={},
+        policy=options.policy,
+    )
+    progress = Progress()
+    changed_in_all: Counter[str] = Counter()
+
+    def report(done: int, dropped: Counter[str], changed: Counter[str]) -> None:
+        changed_in_all.update(changed - changed_in_all)
+        progress(options.dataset, done, note=f", dropped {sum(dropped.values())}" if dropped else "")
+
+    manifest = convert(job, options.out, options.workers, report)
+    for name, split in manifest.splits.items():
+        print(f"{options.out}: {name}: {split.rows} images, {split.texts} texts, {len(split.shards)} shards")
+    for reason, number in manifest.dropped.items():
+        print(f"{options.out}: dropped {reason}: {number}")
+    for change, number in sorted(changed_in_all.items()):
+        print(f"{options.out}: encoded anew in this run, {change}: {number}")
+    if not any(split.rows for split in manifest.splits.values()):
+        print(f"warning: no picture was kept; is --raw {options.raw} complete?", file=sys.stderr)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data_tools.verify import verify
+
+    progress = Progress()
+    number = found = 0
+    for shard, faults in verify(options.folder, options.full, options.workers):
+        number += 1
+        found += len(faults)
+        for fault in faults:
+            print(fault)
+        progress(f"{options.folder}: {shard}", number)
+    print(f"{options.folder}: {number} shards, {found} faults" + ("" if options.full else " (fast check)"))
+    return 1 if found else 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from data_tools.stats import as_text, collect
+
+    print(as_text(*collect(options.folder)))
+    return 0
+
+
+def _peek(options: argparse.Namespace) -> int:
+    from data_tools import peek
+    from data_tools.shard_format import read_manifest
+
+    task = read_manifest(options.folder).task
+    for row in islice(peek.rows(options.folder, options.split), options.rows):
+        print(peek.as_text(row, task))
+    if options.png is not None:
+        peek.contact_sheet(options.folder, options.rows, options.split).save(options.png, "PNG")
     return 0

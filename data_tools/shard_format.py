@@ -39,6 +39,9 @@ SCHEMAS: dict[str, pa.Schema] = {"caption": CAPTION_SCHEMA}
 TEXT_COLUMNS: dict[str, str] = {"caption": "captions"}
 """The list column of each task whose entries are its texts: one text is one training pair."""
 
+IMAGE_COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {"caption": (("image", "width", "height"),)}
+"""The columns (encoded bytes, width, height) of each picture in a row of each task."""
+
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*(-[A-Za-z0-9_]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

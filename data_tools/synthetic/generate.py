@@ -2,16 +2,13 @@
 
 import io
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from data_tools.files import write_atomically
+from data_tools.pool import map_in_order
 from data_tools.synthetic.draw import Draw
 from data_tools.synthetic.layouts import LAYOUTS, Record
 from data_tools.synthetic.lexicon import visual_words
@@ -105,7 +102,7 @@ def _write_world(
 
     def records() -> Iterator[Record]:
         done = 0
-        for chunk in _in_order(_write_chunk, tasks, workers):
+        for chunk in map_in_order(_write_chunk, tasks, workers):
             yield from chunk
             done += len(chunk)
             if report is not None:
@@ -131,25 +128,3 @@ def encode(scene: Scene, image_size: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(render(scene, image_size)).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
-
-
-def _in_order(
-    function: Callable[[tuple[Path, str, int, int, int, int]], list[Record]],
-    tasks: list[tuple[Path, str, int, int, int, int]],
-    workers: int,
-) -> Iterator[list[Record]]:
-    """Results of `function` over `tasks` in order, with a bounded number of tasks under way."""
-    if workers == 1:
-        yield from map(function, tasks)
-        return
-    with ExitStack() as stack:
-        context = multiprocessing.get_context("spawn")
-        pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-        waiting = iter(tasks)
-        running: list[Future[list[Record]]] = [
-            pool.submit(function, task) for task in islice(waiting, 2 * workers)
-        ]
-        while running:
-            result = running.pop(0).result()
-            running.extend(pool.submit(function, task) for task in islice(waiting, 1))
-            yield result
