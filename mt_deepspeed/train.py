@@ -31,7 +31,7 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
     from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
     from mt_deepspeed.engine import launch
-    from mt_deepspeed.engine.build import model_context, plan
+    from mt_deepspeed.engine.context import building
     from mt_deepspeed.engine.ds_config import load_ds_config
     from mt_deepspeed.engine.loop import train
     from mt_deepspeed.tasks import build_task
@@ -40,9 +40,9 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     place = launch.init()
     try:
         ds_config = load_ds_config(deepspeed_config)
-        plan(config, ds_config, place)
+        context = building(config, ds_config, place)
         stream = PretrainStream(config, place.rank, place.world_size)
-        with model_context(config, ds_config, place):
+        with context:
             task = build_task(config)
         load_starting_weights(task, config)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
