@@ -20,6 +20,7 @@ from mt_deepspeed.config import DataConfig, RunConfig, from_dict, load_config, t
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
 from mt_deepspeed.data.transforms import MEAN, STD, ImageTransform, normalise
+from mt_deepspeed.engine.weights import choose_weights, read_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.pretrain import PretrainTask
@@ -186,11 +187,6 @@ def _from_export(folder: Path) -> Pretrained:
 
 
 def _from_run(folder: Path) -> Pretrained:
-    from mt_deepspeed.engine.checkpoint import (
-        choose_weights,
-        read_weights,
-    )  # DeepSpeed takes seconds to import
-
     config = load_config(files=[folder / RUN_CONFIG])
     task = _build(config)
     checkpoint = choose_weights(folder)

@@ -59,7 +59,10 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
         # DeepSpeed's CPU offload and partitioning empty the tensors they are given, although managers read
         # the same hidden states again, and every layer the same mask: it gets aliases.
-        values = [value.view_as(value) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        values = [
+            value.view_as(value) if isinstance(value, Tensor) else value
+            for value in (*args, *kwargs.values())
+        ]
         # Not DeepSpeed's default `checkpoint`: with that, a layer used twice in a forward pass (as the
         # fusion of each objective does) fails at stage 2 and silently has wrong gradients at stage 3.
         return deepspeed.checkpointing.non_reentrant_checkpoint(layer, *values)

@@ -84,6 +84,4 @@ def build(config: RunConfig, ds_config: dict[str, Any], task: Task, place: Place
         split.accumulation,
         split.world_size,
     )
-    return Session(
-        config, place, split, complete, task, engine, optimizer, ownership, loss_scale, stepper
-    )
+    return Session(config, place, split, complete, task, engine, optimizer, ownership, loss_scale, stepper)

@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -71,7 +71,10 @@ def write_snapshot(snapshot: Snapshot, root: Path) -> Path:
     _together(lambda: _prepare(root, temporary, snapshot) if rank == 0 else None, "preparing a checkpoint")
     _check_space(root, snapshot)
     entries = _together(lambda: _write_files(temporary, snapshot), f"writing checkpoint {final.name}")
-    _together(lambda: _finish(temporary, final, snapshot, entries) if rank == 0 else None, f"publishing {final.name}")
+    _together(
+        lambda: _finish(temporary, final, snapshot, entries) if rank == 0 else None,
+        f"publishing {final.name}",
+    )
     return final
 
 
@@ -109,7 +112,11 @@ def load_weights(task: Task, folder: Path) -> None:
     files = SliceFiles(folder)
     found = files.shapes()
     missing, unexpected = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
-    differing = [f"{n} {list(found[n])} for {list(shapes[n])}" for n in sorted(shapes) if n in found and found[n] != shapes[n]]
+    differing = [
+        f"{n} {list(found[n])} for {list(shapes[n])}"
+        for n in sorted(shapes)
+        if n in found and found[n] != shapes[n]
+    ]
     if missing or unexpected or differing:
         raise CheckpointError(
             f"{folder} is a checkpoint of another model: missing {missing[:3]} ({len(missing)}), "
@@ -135,18 +142,18 @@ def load_moments(session: Session, folder: Path, adam_steps: int) -> None:
                 one.of(moments[id(one.holder)][key]).copy_(files.read(one.name, one.start, one.numel, key))
 
 
-def read_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 tensor) of all parameters and buffers of a checkpoint, one at a time.
-
-    For one process without DeepSpeed: export, starting weights.
-    """
-    yield from SliceFiles(Path(folder)).tensors()
-
-
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("mt-deepspeed", "torch", "deepspeed", "transformers", "open_clip_torch", "torchdata", "numpy"):
+    for package in (
+        "mt-deepspeed",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "open_clip_torch",
+        "torchdata",
+        "numpy",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -178,7 +185,9 @@ def _check_space(root: Path, snapshot: Snapshot) -> None:
 
 
 def _write_files(temporary: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    return {name: durable.write_tensors(temporary / name, tensors) for name, tensors in snapshot.files.items()}
+    return {
+        name: durable.write_tensors(temporary / name, tensors) for name, tensors in snapshot.files.items()
+    }
 
 
 def _finish(
@@ -234,9 +243,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def base_state(session: Session, step: int, adam_steps: int) -> dict[str, Any]:
     """The part of `state.json` that says what was saved."""
-    shapes = {
-        name: list(getattr(p, "ds_shape", p.shape)) for p, name in session.ownership.names.items()
-    }
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for p, name in session.ownership.names.items()}
     return {
         "format_version": store.FORMAT_VERSION,
         "step": step,

@@ -46,7 +46,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
+    """Waits until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -33,7 +33,9 @@ def evaluate(model: Any, batches: Iterable[Batch], device: torch.device) -> dict
     with torch.no_grad():
         for batch, counts in _in_lockstep(iter(batches), device):
             report = model("eval", to_device(batch, device))
-            add_reports(total, report if counts else {name: torch.zeros_like(pair) for name, pair in report.items()})
+            add_reports(
+                total, report if counts else {name: torch.zeros_like(pair) for name, pair in report.items()}
+            )
     model.train(was_training)
     return reduce_report(total, device)
 

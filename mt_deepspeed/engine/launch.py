@@ -98,7 +98,9 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
-            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={text!r}: cannot read {part!r}, expected N or N(xM)")
+            raise LaunchError(
+                f"SLURM_STEP_TASKS_PER_NODE={text!r}: cannot read {part!r}, expected N or N(xM)"
+            )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 

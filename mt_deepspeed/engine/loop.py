@@ -110,7 +110,9 @@ class _Run:
         metrics = {f"eval/{name}": value for name, value in found.items()}
         self.monitor.write(step, metrics)
         self.monitor.write_pictures(step, self.session.engine("heatmaps"))
-        log.info("step %d evaluation: %s", step, " ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        log.info(
+            "step %d evaluation: %s", step, " ".join(f"{name} {value:.4g}" for name, value in found.items())
+        )
         return metrics if self.saver.is_best(metrics) else None
 
     def _counters(self) -> dict[str, float]:
@@ -131,14 +133,13 @@ def evaluation_due(step: int, every: int, max_steps: int) -> bool:
 
 def _monitor(session: Session, first_step: int) -> Monitor:
     config = session.config
-    flops: Callable[[], float] | None = getattr(session.task, "flops_per_sample", None)
     return Monitor(
         Path(config.run_dir),
         config.train.max_steps,
         config.train.log_every_steps,
         config.train.precision,
         session.place.device,
-        flops() if flops else None,
+        getattr(session.task, "flops_per_sample", None),
         first_step,
     )
 

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def throughput(
-    samples_per_s: float, flops_per_sample: float | None, precision: str, device: torch.device, num_devices: int
+    samples_per_s: float,
+    flops_per_sample: float | None,
+    precision: str,
+    device: torch.device,
+    num_devices: int,
 ) -> dict[str, float]:
     """TFLOP/s per device and MFU (share of the half-precision peak; not for fp32 nor on CPUs)."""
     if flops_per_sample is None:
@@ -73,7 +78,7 @@ class Monitor:
 
     Args:
         run_dir: Folder of the run; rank 0 writes `metrics.jsonl` and `tensorboard/` there.
-        flops_per_sample: Model FLOPs of a sample, forward and backward; None: no FLOP rates.
+        flops_per_sample: Gives the model FLOPs of a sample, forward and backward; None: no FLOP rates.
         first_step: Step the run continues from: TensorBoard forgets what was written after it.
     """
 
@@ -84,7 +89,7 @@ class Monitor:
         log_every: int,
         precision: str,
         device: torch.device,
-        flops_per_sample: float | None,
+        flops_per_sample: Callable[[], float] | None,
         first_step: int = 0,
     ) -> None:
         self.max_steps, self.log_every = max_steps, max(1, log_every)
@@ -143,7 +148,8 @@ class Monitor:
             "speed/step_s": busy_s / ranks / self.steps,
             "memory/peak_gib": peak.item(),
         }
-        values |= throughput(samples_per_s, self.flops_per_sample, self.precision, self.device, ranks)
+        flops = self.flops_per_sample() if self.flops_per_sample else None
+        values |= throughput(samples_per_s, flops, self.precision, self.device, ranks)
         values |= extra
         self.write(step, values)
         if self.lead:
@@ -193,7 +199,9 @@ def heatmap(matrix: Tensor, cell: int = 16) -> Tensor:
     """A matrix [R, C] as a picture [R * cell, C * cell, 3] uint8 in a dark-to-yellow scale."""
     values = matrix.detach().float().cpu()
     low, high = values.min(), values.max()
-    level = ((values - low) / (high - low).clamp(min=1e-12)).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    level = (
+        ((values - low) / (high - low).clamp(min=1e-12)).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    )
     colours = torch.stack([level.sqrt(), level**2, 0.35 + 0.3 * level - 0.6 * level**3], dim=-1)
     return (colours.clamp(0, 1) * 255).to(torch.uint8)
 

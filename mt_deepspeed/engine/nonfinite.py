@@ -55,7 +55,9 @@ class NonFinitePolicy:
             return
         if result.overflow:
             self.overflows += 1
-            log.info("step %d: fp16 overflow, loss scale now %g (%d so far)", step, loss_scale, self.overflows)
+            log.info(
+                "step %d: fp16 overflow, loss scale now %g (%d so far)", step, loss_scale, self.overflows
+            )
             return
         self.skipped += 1
         self.in_row += 1
@@ -71,11 +73,15 @@ class NonFinitePolicy:
             )
 
     def _tell(self, step: int, faults: list[Fault], grad_norm: float) -> None:
-        bad_ranks = [fault for fault in faults if any(not _finite(fault.losses[name]) for name in fault.losses)]
+        bad_ranks = [
+            fault for fault in faults if any(not _finite(fault.losses[name]) for name in fault.losses)
+        ]
         where = bad_ranks or faults
         ids = [one for fault in where for one in fault.sample_ids]
         names = sorted({name for fault in faults for name in fault.parameters})
-        losses = sorted({name for fault in bad_ranks for name in fault.losses if not _finite(fault.losses[name])})
+        losses = sorted(
+            {name for fault in bad_ranks for name in fault.losses if not _finite(fault.losses[name])}
+        )
         what = f"loss {', '.join(losses)}" if losses else "the gradient"
         some = "" if len(ids) <= SHOWN_IDS else f" and {len(ids) - SHOWN_IDS} more"
         log.warning(

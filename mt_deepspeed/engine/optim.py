@@ -95,10 +95,14 @@ def assign_groups(
     Raises:
         OptimError: A 0-dim parameter (DeepSpeed cannot flatten those), or an unknown role.
     """
-    groups: dict[GroupKey, list[str]] = {GroupKey(role, decays): [] for role in ROLES for decays in (True, False)}
+    groups: dict[GroupKey, list[str]] = {
+        GroupKey(role, decays): [] for role in ROLES for decays in (True, False)
+    }
     for name, shape in shapes.items():
         if not shape:
-            raise OptimError(f"parameter {name} has no dimension, which DeepSpeed cannot handle: give it shape [1]")
+            raise OptimError(
+                f"parameter {name} has no dimension, which DeepSpeed cannot handle: give it shape [1]"
+            )
         if roles[name] not in ROLES:
             raise OptimError(f"parameter {name} has role {roles[name]!r}, expected one of {', '.join(ROLES)}")
         decays = reference_decays(name) if rule == "reference" else vectors_never_decay(name, shape)

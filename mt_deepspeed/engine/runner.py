@@ -47,4 +47,6 @@ def add_reports(total: Report, report: Report) -> None:
 
 def pair(total: Tensor, count: Tensor | float) -> Tensor:
     """A report entry [2] from a sum and a count."""
-    return torch.stack([total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+    return torch.stack(
+        [total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)]
+    )

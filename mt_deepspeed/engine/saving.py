@@ -175,7 +175,9 @@ class Saver:
             self.best = {"step": progress.step, "metric": name, "value": best[name]}
         if dist.get_rank() == 0:
             if best is not None:
-                store.write_best(self.root, progress.step, self.config.best_metric, best[self.config.best_metric])
+                store.write_best(
+                    self.root, progress.step, self.config.best_metric, best[self.config.best_metric]
+                )
             store.retain(self.root, self.config.keep_last)
 
 

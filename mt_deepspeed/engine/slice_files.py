@@ -58,7 +58,9 @@ class SliceFiles:
         for first, size, file, key in (self.moments if moment else self.weights).get((name, moment), []):
             low, high = max(first, start), min(first + size, start + numel)
             if low < high:
-                found[low - start : high - start] = self.handles[file].get_slice(key)[low - first : high - first]
+                found[low - start : high - start] = self.handles[file].get_slice(key)[
+                    low - first : high - first
+                ]
                 filled += high - low
         if filled != numel:
             what = f"{moment} of {name}" if moment else name

@@ -96,7 +96,9 @@ class Ownership:
             torch.cuda.synchronize()  # gradients travel to the CPU on other streams
         if self.offloads:
             for slices in self.groups():
-                yield from ((one.name, one.of(one.holder.grad)) for one in slices if one.holder.grad is not None)
+                yield from (
+                    (one.name, one.of(one.holder.grad)) for one in slices if one.holder.grad is not None
+                )
             return
         owners = self.zero.params_in_partition if self.stage < 3 else self.zero.fp16_groups
         for index, parameters in enumerate(owners):
@@ -124,9 +126,7 @@ class Ownership:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 inside, address = mapping.lp_fragment_address, mapping.hp_fragment_address
-                slices.append(
-                    Slice(self.names[parameter], inside.start, inside.numel, holder, address.start)
-                )
+                slices.append(Slice(self.names[parameter], inside.start, inside.numel, holder, address.start))
         return slices
 
     def _partitioned(self, index: int) -> list[Slice]:

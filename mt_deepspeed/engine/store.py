@@ -1,15 +1,15 @@
 """The folder of a run's checkpoints: naming, validation, retention. Knows files, no tensors and no ranks.
 
-    checkpoints/
-        latest                        name of the newest checkpoint, for people and scripts
-        best.json                     {"step", "metric", "value"}
-        step-00001000/
-            weights-00000-of-00002.safetensors     slices `<parameter>@<first element>`, fp32
-            moments-00000-of-00002.safetensors     `<parameter>@<first element>/exp_avg` and `/exp_avg_sq`
-            frozen.safetensors                     whole tensors that are not trained, and buffers
-            state.json                             step, samples, shapes, versions, configuration, ...
-            hashes.json                            file -> bytes, sha256
-            COMPLETE                               written last, before the folder got its name
+checkpoints/
+    latest                        name of the newest checkpoint, for people and scripts
+    best.json                     {"step", "metric", "value"}
+    step-00001000/
+        weights-00000-of-00002.safetensors     slices `<parameter>@<first element>`, fp32
+        moments-00000-of-00002.safetensors     `<parameter>@<first element>/exp_avg` and `/exp_avg_sq`
+        frozen.safetensors                     whole tensors that are not trained, and buffers
+        state.json                             step, samples, shapes, versions, configuration, ...
+        hashes.json                            file -> bytes, sha256
+        COMPLETE                               written last, before the folder got its name
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def faults(folder: Path, take: Callable[[int], bool] = lambda index: True) -> li
         return [f"no {COMPLETE} marker: the save was interrupted"]
     try:
         expected: dict[str, dict[str, Any]] = json.loads((folder / HASHES).read_text("utf-8"))["files"]
-        items = sorted((str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in expected.items())
+        items = sorted(
+            (str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in expected.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{HASHES} cannot be read: {error}"]
     found = []

@@ -59,7 +59,10 @@ class ToyTask(nn.Module):
 
     def fuse(self, text: list[Tensor], image: list[Tensor], mask: Tensor) -> Tensor:
         weights = self.mix.softmax(0)
-        x = sum(w * state for w, state in zip(weights, text, strict=True)) + torch.stack(image).mean((0, 2))[:, None]
+        x = (
+            sum(w * state for w, state in zip(weights, text, strict=True))
+            + torch.stack(image).mean((0, 2))[:, None]
+        )
         for layer in self.cross_modal:
             x = layer(x, mask)
         return x
@@ -126,7 +129,13 @@ def sample(position: int, seed: int = 0) -> Batch:
     mask = (torch.arange(LENGTH) < length).long()
     matched = int(torch.randint(0, 2, (1,), generator=generator))
     pixels = torch.randn(3, 4, generator=generator) + ids[:1].float() / VOCAB * matched
-    return {"text_ids": ids, "mlm_labels": labels, "text_mask": mask, "pixels": pixels, "itm_labels": torch.tensor(matched)}
+    return {
+        "text_ids": ids,
+        "mlm_labels": labels,
+        "text_mask": mask,
+        "pixels": pixels,
+        "itm_labels": torch.tensor(matched),
+    }
 
 
 def make_batch(positions: list[int], seed: int = 0) -> Batch:
@@ -140,7 +149,9 @@ def make_batch(positions: list[int], seed: int = 0) -> Batch:
 class ToyStream:
     """Global batch g = positions [g * G, (g + 1) * G), cut into accumulation x ranks micro-batches."""
 
-    def __init__(self, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int = 0
+    ) -> None:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.closed = False
