@@ -87,10 +87,11 @@ class BatchMaker:
                 images += self._false_images(samples, positions, labels_B, index_B)
             batch |= {"itm_image_index": torch.from_numpy(index_B), "itm_labels": torch.from_numpy(labels_B)}
         size = self.transform.size
-        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+        pixels = torch.empty(len(images), 3, size, size)
         for out, (dataset, row, position, purpose) in zip(pixels, images, strict=True):
-            out.copy_(self._pixels(dataset, row, keyed_generator(self.seed, position, purpose)))
-        return {"pixels": normalise(pixels), **batch, "sample_ids": torch.from_numpy(plan.samples.copy())}
+            picture = self._picture(dataset, row, keyed_generator(self.seed, position, purpose))
+            normalise(picture, out)  # one by one, while the picture is still in the processor's cache
+        return {"pixels": pixels, **batch, "sample_ids": torch.from_numpy(plan.samples.copy())}
 
     def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:
         length = self.pad_to or max((len(text.ids) for text in texts), default=1)
@@ -141,7 +142,7 @@ class BatchMaker:
             else:
                 labels_B[i] = 1
 
-    def _pixels(self, dataset: int, row: int, generator: np.random.Generator) -> Tensor:
+    def _picture(self, dataset: int, row: int, generator: np.random.Generator) -> Tensor:
         image = self.corpus.image(dataset, row)
         try:
             return self.transform(decode_image(image.data), generator)

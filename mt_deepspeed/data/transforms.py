@@ -113,9 +113,11 @@ class ImageTransform:
         return pixels if recipe.augment is None else _augmented(pixels, recipe.augment, generator)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """[..., 3, S, S] uint8 -> float32 of about zero mean and unit variance per channel."""
-    return pixels.float().sub_(MEAN).div_(STD)
+def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+    """[..., 3, S, S] uint8 -> float32 of about zero mean and unit variance per channel, in `out` if given."""
+    if out is None:
+        out = torch.empty(pixels.shape, dtype=torch.float32)
+    return out.copy_(pixels).sub_(MEAN).div_(STD)
 
 
 def crop_box(
