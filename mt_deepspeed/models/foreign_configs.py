@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mt_deepspeed.config.model import (
@@ -12,6 +13,7 @@ from mt_deepspeed.config.model import (
     TextTowerConfig,
     VisionTowerConfig,
 )
+from mt_deepspeed.models.weight_sources import read_torch_file
 
 Options = Mapping[str, Any]
 
@@ -36,6 +38,20 @@ class ForeignSetup:
     unused: tuple[str, ...] = ()
     """Shell patterns (plain names) of tensors that the configured model holds and never reads; pass them to
     `import_checkpoint(allow_unexpected=...)`."""
+
+
+def from_published_checkpoint(path: Path) -> ForeignSetup:
+    """Reads the configuration that a published ManagerTower / BridgeTower `.ckpt` carries.
+
+    Raises:
+        ValueError: Not such a file, or an option that is not supported.
+    """
+    content = read_torch_file(path)
+    hyper = content.get("hyper_parameters") if isinstance(content, dict) else None
+    options = hyper.get("config") if isinstance(hyper, dict) else None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: found no hyper_parameters['config'], expected a published checkpoint")
+    return from_reference(options)
 
 
 def from_reference(options: Options, sizes: Options | None = None) -> ForeignSetup:
@@ -65,7 +81,10 @@ def from_reference(options: Options, sizes: Options | None = None) -> ForeignSet
         link=_reference_link(options, link_sizes, is_manager),
         mask_padding_in_managers=False,
     )
-    return ForeignSetup(model, _reference_heads(options, cross), unused)
+    heads = _reference_heads(options, cross)
+    if heads.rank and not heads.itm:
+        unused += ("itm_score.*",)  # the ranking head starts as a copy of its second row
+    return ForeignSetup(model, heads, unused)
 
 
 def from_hf_bridgetower(config: Options, architecture: str) -> ForeignSetup:

@@ -4,6 +4,7 @@ No file is unpickled beyond tensors and plain containers: `torch.load` runs with
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,14 @@ class WeightSource:
     """Returns the shape of one tensor."""
 
 
-class _Inert(dict[str, Any]):
-    """Stands for any class a checkpoint names besides tensors; it does nothing."""
+class _Inert:
+    """Stands for any class or function that a checkpoint names besides tensors; it does nothing.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    What it makes is an empty OrderedDict, the one type that the safe unpickler both fills and gives state to.
+    """
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
 
 
 def open_source(source: str | Path | Mapping[str, Tensor]) -> WeightSource:

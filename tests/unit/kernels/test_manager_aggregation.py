@@ -105,10 +105,11 @@ def test_every_gradient(adaptive: bool) -> None:
     names = ("norm_weight", "norm_bias", "logits", "temperature", "previous_weight")
 
     def run(expert: Tensor, previous: Tensor, *tensors: Tensor) -> Tensor:
+        named: Any = dict(zip(names, tensors, strict=True))
         return manager_aggregation(
             [expert, arguments["experts"][1]],
             [previous],
-            **dict(zip(names, tensors, strict=True)),
+            **named,
             noise=arguments["noise"],
         )
 
@@ -118,11 +119,11 @@ def test_every_gradient(adaptive: bool) -> None:
 
 def test_low_precision_experts_are_summed_in_float32() -> None:
     exact = _inputs(6, 1, (2, 5, 64), adaptive=True, scalar=False)
-    low = {
+    low: Any = {
         key: [item.bfloat16() for item in value] if isinstance(value, list) else value.float()
         for key, value in exact.items()
     }
-    rounded = {
+    rounded: Any = {
         key: [item.double() for item in value] if isinstance(value, list) else value.double()
         for key, value in low.items()
     }
