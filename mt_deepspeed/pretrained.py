@@ -156,16 +156,17 @@ class Pretrained:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """Loads a run folder (its best checkpoint, else its newest) or an exported folder.
+    """Loads a run folder (its best checkpoint, else its newest), one checkpoint of it, or an exported folder.
 
     Raises:
-        ValueError: Neither of the two, or damaged.
+        ValueError: None of the three, or damaged.
     """
     folder = Path(folder)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     if (folder / SETTINGS).is_file():
         pretrained = _from_export(folder)
-    elif (folder / RUN_CONFIG).is_file():
-        pretrained = _from_run(folder)
+    elif (run / RUN_CONFIG).is_file():
+        pretrained = _from_run(run, choose_weights(folder))
     else:
         raise ValueError(
             f"{folder}: found neither {SETTINGS} (an exported model) nor {RUN_CONFIG} (a run folder)"
@@ -186,10 +187,9 @@ def _from_export(folder: Path) -> Pretrained:
     return Pretrained(config, task, _tokenizer(config.data, ".", folder), settings["provenance"])
 
 
-def _from_run(folder: Path) -> Pretrained:
+def _from_run(folder: Path, checkpoint: Path) -> Pretrained:
     config = load_config(files=[folder / RUN_CONFIG])
     task = _build(config)
-    checkpoint = choose_weights(folder)
     import_checkpoint(task, dict(read_weights(checkpoint)))
     provenance = {"run": folder.resolve().name, "checkpoint": checkpoint.name}
     return Pretrained(

@@ -23,6 +23,8 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """What is read, and how texts and pictures become tensors."""
+
     root: str = "."
     """Folder that relative data set and tokenizer paths start from."""
     train: tuple[DatasetConfig, ...] = ()
@@ -56,6 +58,8 @@ class ObjectivesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """AdamW, its parameter groups and the learning-rate schedule."""
+
     lr: float = 1e-5
     """Peak learning rate of the towers."""
     head_lr_multiplier: float = 5.0
@@ -78,6 +82,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Length, batch, precision and rhythm of a run."""
+
     max_steps: int = 100_000
     """Optimizer steps."""
     global_batch_size: int = 4096
@@ -99,6 +105,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When state is saved, which checkpoints stay, and what a run starts from."""
+
     every_steps: int = 1000
     """0: never by step."""
     every_minutes: float = 30.0
@@ -114,6 +122,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Everything about a run except memory and communication, which `ds_configs/` hold."""
+
     run_dir: str = "runs/default"
     task: Literal["pretrain"] = "pretrain"
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
 
+
 def averages(report: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(total / count) for name, (total, count) in report.items()}
 
