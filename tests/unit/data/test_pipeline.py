@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,15 @@ def test_one_image_gives_no_negatives(root: Path, rows: Rows, dataset_writer: Wr
     dataset_writer(tmp_path / "lonely", {"train": rows(1)})
     with pytest.raises(ValueError, match="at least two images"):
         PretrainStream(configuration(root, train=(DatasetConfig(path=str(tmp_path / "lonely")),)), 0, 1)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_process_ends_the_run(root: Path) -> None:
+    stream = PretrainStream(configuration(root, num_workers=1, worker_kind="process"), 0, 1)
+    steps = stream.steps(0)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    # DataLoader names the worker, unless it died while handing over a batch: then the connection breaks.
+    with pytest.raises((RuntimeError, EOFError, ConnectionError)):
+        list(itertools.islice(steps, 100))

@@ -194,3 +194,26 @@ def test_damaged_offsets_and_texts_are_named(copied: Path, rows: Rows) -> None:
         damaged.check()
         with pytest.raises(ShardReadError, match=r"train-00000\.arrow.*damaged"):
             getattr(damaged, read.__name__)(0)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's memory figures")
+def test_reading_everything_keeps_nothing(dataset_writer: Writer, tmp_path: Path) -> None:
+    rows = [
+        {"image": bytes(200_000), "captions": ["a", "b"], "image_id": str(i), "width": 1, "height": 1}
+        for i in range(400)
+    ]
+    dataset = CaptionDataset(dataset_writer(tmp_path / "large", {"train": rows}, 100, 50), ["train"])
+    del rows
+    dataset.check()
+    before = anonymous_bytes()
+    total = 0
+    for index in range(dataset.num_pairs):
+        total += int(dataset.image(dataset.pair(index).row).data.max()) + 200_000
+    assert total == 160_000_000
+    assert anonymous_bytes() - before < 10_000_000
