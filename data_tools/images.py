@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 128 << 20
 
 REASONS = {
     "missing_file": "the file is not there (a download that failed)",
-    "unreadable_file": "the file cannot be opened: permissions, or a folder of that name",
+    "unreadable_file": "permissions, or a folder or device of that name",
     "empty_file": "the file has no bytes",
     "file_too_large": f"more than {MAX_FILE_BYTES >> 20} MiB",
     "not_an_image": "no known picture format (such as an HTML error page)",

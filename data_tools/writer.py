@@ -6,6 +6,7 @@ file, made durable, renamed and noted in the journal; the manifest comes last. A
 keeps the finished shards.
 """
 
+import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -108,8 +109,8 @@ def convert(job: Job, out: Path, workers: int = 1, report: Report | None = None)
 
 
 def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _source_info(raw: Path, path: Path) -> SourceInfo:
@@ -225,11 +226,14 @@ def _read(image: ImageFile) -> bytes:
         return image
     for path in image:
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageRefused("unreadable_file", f"{path}: not a file")
+            if found.st_size > MAX_FILE_BYTES:
                 raise ImageRefused("file_too_large", str(path))
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (PermissionError, IsADirectoryError) as error:
+        except PermissionError as error:
             raise ImageRefused("unreadable_file", f"{path}: {error.strerror}") from error
     raise ImageRefused("missing_file", str(image[0]) if image else "no file name")

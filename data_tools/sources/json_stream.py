@@ -140,7 +140,7 @@ class _Reader:
                 raise self.fault(f"{where}: nested too deep") from error
             except ValueError as error:  # such as an integer of thousands of digits
                 raise self.fault(f"{where}: {error}") from error
-            if end < len(self._text) or not self._more():  # a number at the edge may go on
+            if end + 3 <= len(self._text) or not self._more():  # a number at the edge may go on: "e+5"
                 self._at = end
                 return value
 

@@ -1,0 +1,92 @@
+"""Small pieces of the real data sets, where they are at hand; their photos are never copied."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.cli import main
+from data_tools.images import ImageRefused, check_image, decode_rgb
+from data_tools.shard_format import Manifest, read_manifest
+
+ROOT = Path(__file__).resolve().parents[3]
+REAL = Path(os.environ.get("MT_REAL_DATA") or ROOT.parent / "shared" / "data")
+
+pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: MT_REAL_DATA names no folder")
+
+
+def convert(name: str, raw: str, out: Path, *more: str) -> tuple[Manifest, dict[str, tuple[int, int]]]:
+    """The manifest and (images, texts) per split; the shards are verified in full."""
+    options = ["--out", str(out), "--workers", "1", *more]
+    assert main(["convert", name, "--raw", str(REAL / raw), *options]) == 0
+    assert main(["verify", str(out), "--full", "--workers", "1"]) == 0
+    manifest = read_manifest(out)
+    return manifest, {split: (info.rows, info.texts) for split, info in manifest.splits.items()}
+
+
+def test_coco(tmp_path: Path) -> None:
+    files = ["annotations/captions_train2017.json", "annotations/captions_val2017.json"]
+    manifest, counts = convert("coco", "coco", tmp_path / "official", "--annotations", *files)
+    assert counts == {"train": (40, 200), "val": (79, 395)}
+    assert manifest.dropped == {}
+    assert [source.file for source in manifest.sources] == files
+    manifest, counts = convert("coco", "coco", tmp_path / "karpathy")
+    assert counts == {"test": (1, 5)}
+
+
+def test_coco_rows_without_images(tmp_path: Path) -> None:
+    more = ("--annotations", "captions_val2017.json")
+    manifest, counts = convert("coco", "coco/rows-without-images", tmp_path / "out", *more)
+    assert counts == {"val": (0, 0)}
+    assert manifest.dropped == {"missing_file": 200}
+
+
+def test_vg(tmp_path: Path) -> None:
+    manifest, counts = convert("vg", "vg", tmp_path / "out")
+    assert counts == {"train": (4, 1023 - 48)}
+    assert manifest.dropped == {"duplicate_text": 48}
+
+
+def test_cc3m_and_sbu_rows(tmp_path: Path) -> None:
+    manifest, counts = convert("cc3m", "cc3m/rows-without-images", tmp_path / "cc3m")
+    assert counts == {"train": (0, 0), "val": (0, 0)}
+    assert manifest.dropped == {"missing_file": 5 + 300}
+    manifest, counts = convert("sbu", "sbu/rows-without-images", tmp_path / "sbu")
+    assert manifest.dropped == {"missing_file": 5}
+
+
+def test_bad_images_get_the_action_they_are_listed_with() -> None:
+    files = json.loads((REAL / "bad-images" / "index.json").read_text("utf-8"))["files"]
+    assert files
+    for entry in files:
+        data = (REAL / "bad-images" / entry["file"]).read_bytes()
+        if entry["expected_action"] == "reject":
+            with pytest.raises(ImageRefused):
+                check_image(data)
+            continue
+        picture = check_image(data)
+        image = decode_rgb(picture.data)
+        expected = entry["expected_result"]
+        assert image.mode == expected["mode"], entry["file"]
+        size = (expected["width"], expected["height"])
+        assert image.size == (picture.width, picture.height) == size, entry["file"]
+        if entry["expected_action"] == "accept":
+            assert picture.data == data, entry["file"]
+
+    def pixels(name: str) -> np.ndarray:
+        return np.asarray(decode_rgb(check_image((REAL / "bad-images" / name).read_bytes()).data), float)
+
+    assert abs(pixels("gray-16bit.png").mean() - pixels("grayscale.jpg").mean()) < 2
+    assert pixels("rgba-half-transparent.png")[:, :150].min() == 255
+    assert abs(pixels("exif-orientation-6.jpg") - pixels("control-good.jpg")).mean() < 4
+    assert abs(pixels("cmyk.jpg") - pixels("control-good.jpg")).mean() < 4
+
+
+def test_every_photo_at_hand_is_accepted_as_it_is() -> None:
+    photos = [path for path in REAL.rglob("*.jpg") if "bad-images" not in path.parts]
+    assert photos
+    for path in photos:
+        data = path.read_bytes()
+        assert check_image(data).data is data, path
