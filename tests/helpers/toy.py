@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,18 @@ from torch.nn import functional as F
 
 WIDTH, VOCAB, LENGTH = 16, 23, 6
 Batch = dict[str, Tensor]
+
+
+class PoisonGradient(torch.autograd.Function):
+    """Identity whose gradient is nan."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * float("nan")
 
 
 class Block(nn.Module):
@@ -55,7 +68,6 @@ class ToyTask(nn.Module):
         self.mlm_score = nn.Linear(WIDTH, VOCAB)
         self.itm_score = nn.Linear(WIDTH, 2)
         self.extra = nn.Linear(WIDTH, 1)
-        self.loss_power = 1.0
 
     def fuse(self, text: list[Tensor], image: list[Tensor], mask: Tensor) -> Tensor:
         weights = self.mix.softmax(0)
@@ -84,9 +96,13 @@ class ToyTask(nn.Module):
         itm = F.cross_entropy(itm_logits, batch["itm_labels"])
         if bool(batch.get("use_extra", torch.zeros(1)).any()):
             itm = itm + self.extra(pooled).square().mean()
+        if "poison_gradient" in batch:
+            mlm = PoisonGradient.apply(mlm)
+        if "poison_loss" in batch:
+            mlm = mlm * batch["poison_loss"].mean()
         right = (itm_logits.argmax(-1) == batch["itm_labels"]).sum()
         report = {"itm_accuracy": torch.stack([right.double(), torch.tensor(float(len(pooled))).double()])}
-        return {"mlm": mlm * self.loss_power, "itm": itm}, report
+        return {"mlm": mlm, "itm": itm}, report
 
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"mlm": (batch["mlm_labels"] >= 0).sum(), "itm": torch.tensor(len(batch["itm_labels"]))}
