@@ -120,7 +120,7 @@ def draw(filled: list[Filled], weights: dict[str, Tensor], out: Path) -> None:
 
     rows = len(filled)
     figure = plt.figure(figsize=(11, 1.9 * rows + (2.6 if weights else 0)), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 2.6]) if weights else [figure]
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 2.6]) if weights else [figure]
     axes = parts[0].subplots(rows, 2, squeeze=False, gridspec_kw={"width_ratios": [1, 4]})
     for (left, right), one in zip(axes, filled, strict=True):
         left.imshow(one.picture, interpolation="nearest")

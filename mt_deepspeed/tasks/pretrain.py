@@ -10,7 +10,7 @@ from mt_deepspeed.config import ModelConfig, ObjectivesConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
-from mt_deepspeed.models.heads import attach_heads
+from mt_deepspeed.models.heads import LinearHead, MLMHead, attach_heads
 from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
@@ -27,6 +27,9 @@ class PretrainTask(nn.Module):
     tower twice. Here masked and plain texts form one batch of 2B rows, true and false pictures one of B + F,
     and the cross-modal encoder sees the 2B pairs at once; losses and gradients are the same.
     """
+
+    mlm_score: MLMHead
+    itm_score: LinearHead
 
     def __init__(self, model: ModelConfig, objectives: ObjectivesConfig) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """The pre-training task: one forward pass for both objectives equals separate passes."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_one_pass_equals_separate_passes(kind: str) -> None:
     torch.testing.assert_close(losses["itm"].double(), itm, rtol=1e-6, atol=1e-7)
     for name, gradient in once.items():
         torch.testing.assert_close(
-            gradient, apart[name], rtol=1e-5, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}"
+            gradient, apart[name], rtol=1e-5, atol=1e-8, msg=partial("{}: {}".format, name)
         )
 
 
