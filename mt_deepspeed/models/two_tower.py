@@ -5,8 +5,7 @@ N layers taken from a tower, D cross-modal width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,8 @@ from mt_deepspeed.models.vision_tower import VisionTower
 Modality = Literal["text", "image"]
 
 
-@dataclass(frozen=True)
-class FusionOutput:
-    """Result of the cross-modal encoder."""
+class FusionOutput(NamedTuple):
+    """Result of the cross-modal encoder; a tuple, because ZeRO-3 looks for tensors in tuples."""
 
     text_feats: Tensor
     """`[B, L, D]`, last cross-modal text layer."""
