@@ -97,7 +97,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """`config` as YAML text that `load_config` reads back to an equal value."""
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    # Escaped: PyYAML loses some line-break characters that it writes as they are.
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
