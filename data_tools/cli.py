@@ -72,6 +72,12 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
         "--annotations", nargs="+", type=Path, metavar="FILE", help="below --raw; default: looked for there"
     )
     convert.add_argument(
+        "--images", type=Path, help="folder of the pictures or picture folders; default: --raw"
+    )
+    convert.add_argument("--path-column", help="of a table: column of the pictures' paths (or bytes)")
+    convert.add_argument("--caption-column", help="of a table or of .json members: column of the captions")
+    convert.add_argument("--name", help="name of the data set in the manifest; default: DATASET")
+    convert.add_argument(
         "--policy", choices=("skip", "error"), default="skip", help="what to do with a bad picture"
     )
     convert.add_argument("--workers", type=int, default=available_cores(), help="processes")
@@ -115,7 +121,7 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from data_tools.sources import SOURCES, AnnotationError
+    from data_tools.sources import SOURCES, AnnotationError, Request
     from data_tools.writer import Job, convert
 
     source = SOURCES[options.dataset]
@@ -130,13 +136,15 @@ def _convert(options: argparse.Namespace) -> int:
                 raise AnnotationError(f"--annotations: {path} is not there")
     else:
         files = source.find(options.raw)
+    columns = {"path_column": options.path_column, "caption_column": options.caption_column}
+    request = Request(options.images or options.raw, files, **columns)
     job = Job(
-        dataset=options.dataset,
+        dataset=options.name or options.dataset,
         task=source.task,
-        rows=source.rows(options.raw, files),
+        rows=source.rows(request),
         raw=options.raw,
         annotations=tuple(files),
-        options={},
+        options={key: value for key, value in columns.items() if value is not None},
         policy=options.policy,
     )
     progress = Progress()

@@ -186,11 +186,11 @@ def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[in
         while chunk := list(islice(rows, _CHUNK)):
             under_way.append(chunk)
             column = TEXT_COLUMNS[job.task]
-            yield [row.images if row.columns[column] else None for _, row in chunk]
+            yield [row.images if row.columns[column] and not row.refused else None for _, row in chunk]
 
     for results in map_in_order(_check_rows, tasks(), workers):
         for (number, row), checked in zip(under_way.popleft(), results, strict=True):
-            yield number, row, checked
+            yield number, row, Checked((), row.refused) if row.refused else checked
 
 
 def _numbered(rows: Iterable[Row], journal: Journal) -> Iterator[tuple[int, Row]]:
@@ -210,7 +210,7 @@ def _numbered(rows: Iterable[Row], journal: Journal) -> Iterator[tuple[int, Row]
 
 
 def _check_rows(chunk: list[tuple[ImageFile, ...] | None]) -> list[Checked]:
-    """Runs in a worker: reads and checks the pictures of rows; None stands for a row without texts."""
+    """Runs in a worker: reads and checks the pictures of rows; None stands for a row that is left out."""
     return [Checked((), "no_text") if images is None else _check_row(images) for images in chunk]
 
 

@@ -1,13 +1,20 @@
 """One module per data set: each yields rows, nothing else."""
 
-from data_tools.sources import cc3m, coco, sbu, vg
-from data_tools.sources.base import AnnotationError, ImageFile, Row, Source
+from data_tools.sources import cc3m, cc12m, coco, flickr, img2dataset, pairs, sbu, table, vg, webdataset
+from data_tools.sources.base import AnnotationError, ImageFile, Request, Row, Source
 
 SOURCES: dict[str, Source] = {
     "coco": coco.SOURCE,
     "vg": vg.SOURCE,
     "cc3m": cc3m.SOURCE,
+    "cc12m": cc12m.SOURCE,
     "sbu": sbu.SOURCE,
+    "flickr30k": flickr.FLICKR30K,
+    "flickr8k": flickr.FLICKR8K,
+    "img2dataset": img2dataset.SOURCE,
+    "pairs": pairs.SOURCE,
+    "table": table.SOURCE,
+    "webdataset": webdataset.SOURCE,
 }
 
-__all__ = ["SOURCES", "AnnotationError", "ImageFile", "Row", "Source"]
+__all__ = ["SOURCES", "AnnotationError", "ImageFile", "Request", "Row", "Source"]

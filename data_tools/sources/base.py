@@ -28,6 +28,7 @@ class Row:
         columns: Values of the task's other columns, such as `{"captions": [...]}`.
         where: Where the row stands in its annotation file, for messages.
         dropped: Reason -> number of texts of the row left out.
+        refused: Why the whole row must be left out whatever its pictures are; empty if it need not.
     """
 
     split: str
@@ -36,6 +37,24 @@ class Row:
     columns: Mapping[str, Any]
     where: str
     dropped: Mapping[str, int] = field(default_factory=dict)
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a source is asked for.
+
+    Attributes:
+        images: Folder below which the pictures lie in the official layout.
+        annotations: Files to read, in order.
+        path_column: Name of the column with the picture's path, where a table may name it as it likes.
+        caption_column: Likewise of the caption.
+    """
+
+    images: Path
+    annotations: Sequence[Path]
+    path_column: str | None = None
+    caption_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +64,14 @@ class Source:
     Attributes:
         task: Task of its rows, a key of `shard_format.SCHEMAS`.
         find: raw folder -> its annotation files; raises `AnnotationError` if they are not there.
-        rows: (raw folder, annotation files) -> rows.
+        rows: Yields the rows of a request.
         published: Annotation file -> split -> (images, texts) as usually counted, for `stats`.
     """
 
     task: str
     find: Callable[[Path], list[Path]]
-    rows: Callable[[Path, Sequence[Path]], Iterator[Row]]
-    published: Mapping[str, Mapping[str, tuple[int, int]]]
+    rows: Callable[[Request], Iterator[Row]]
+    published: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 def first_existing(raw: Path, names: Sequence[str], what: str) -> Path:

@@ -5,10 +5,10 @@ number of their line (from 0) as the published converters expect: `train_image/<
 `val_image/<number>.jpg` (any usual suffix). Lines whose picture is not there count as `missing_file`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.sources.base import AnnotationError, Row, Source, clean_texts
+from data_tools.sources.base import AnnotationError, Request, Row, Source, clean_texts
 from data_tools.sources.tables import lines
 
 _FILES = {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}
@@ -24,16 +24,16 @@ def find(raw: Path) -> list[Path]:
     return found
 
 
-def rows(raw: Path, annotations: Sequence[Path]) -> Iterator[Row]:
+def rows(request: Request) -> Iterator[Row]:
     """One row a line."""
-    for path in annotations:
+    for path in request.annotations:
         split = "val" if path.name.lower().startswith("val") else "train"
         for number, (where, line) in enumerate(lines(path)):
             fields = line.split("\t")
             if len(fields) < 2:
                 raise AnnotationError(f"{where}: found {len(fields)} field, expected caption TAB url")
             captions, dropped = clean_texts(fields[:1])
-            images = tuple(raw / f"{split}_image" / f"{number}{suffix}" for suffix in SUFFIXES)
+            images = tuple(request.images / f"{split}_image" / f"{number}{suffix}" for suffix in SUFFIXES)
             yield Row(split, str(number), (images,), {"captions": captions}, where, dropped)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_tools.sources.base import (
     AnnotationError,
+    Request,
     Row,
     Source,
     clean_texts,
@@ -41,22 +42,24 @@ def find(raw: Path) -> list[Path]:
     return [first_existing(raw, (*names, "annotations/captions_*.json"), "COCO captions")]
 
 
-def rows(raw: Path, annotations: Sequence[Path]) -> Iterator[Row]:
+def rows(request: Request) -> Iterator[Row]:
     """Rows of each split; an image's captions in the order of the file."""
-    for path in annotations:
+    for path in request.annotations:
         if _OFFICIAL.fullmatch(path.name):
-            yield from _official_rows(raw, path)
+            yield from _official_rows(request.images, path)
         else:
-            yield from karpathy_rows(raw, path, ("{filepath}/{filename}", "images/{filepath}/{filename}"))
+            yield from karpathy_rows(
+                request.images, path, ("{filepath}/{filename}", "images/{filepath}/{filename}")
+            )
 
 
-def karpathy_rows(raw: Path, path: Path, places: Sequence[str]) -> Iterator[Row]:
+def karpathy_rows(images: Path, path: Path, places: Sequence[str]) -> Iterator[Row]:
     """Rows of a Karpathy JSON, whose images stand in no order of splits: the file is read once per split.
 
     Args:
-        raw: Raw folder.
+        images: Folder of the picture folders.
         path: The JSON.
-        places: Where a picture may lie below `raw`, with `{filepath}` and `{filename}` filled in.
+        places: Where a picture may lie below `images`, with `{filepath}` and `{filename}` filled in.
     """
     splits: dict[str, None] = {}
     seen: set[str] = set()
@@ -70,14 +73,14 @@ def karpathy_rows(raw: Path, path: Path, places: Sequence[str]) -> Iterator[Row]
                 continue
             name = entry["filename"]
             folder = member(entry, "filepath", str, where) if any("{filepath}" in p for p in places) else ""
-            images = tuple(raw / inside(p.format(filepath=folder, filename=name), where) for p in places)
+            files = tuple(images / inside(p.format(filepath=folder, filename=name), where) for p in places)
             sentences = member(entry, "sentences", list, where)
             texts = [member(one, "raw", str, f"{where}.sentences[{i}]") for i, one in enumerate(sentences)]
             captions, dropped = clean_texts(texts)
-            yield Row(split, name, (images,), {"captions": captions}, where, dropped)
+            yield Row(split, name, (files,), {"captions": captions}, where, dropped)
 
 
-def _official_rows(raw: Path, path: Path) -> Iterator[Row]:
+def _official_rows(folder: Path, path: Path) -> Iterator[Row]:
     match = _OFFICIAL.fullmatch(path.name)
     assert match is not None
     split, year = match.groups()
@@ -90,7 +93,9 @@ def _official_rows(raw: Path, path: Path) -> Iterator[Row]:
         name, image_id = member(entry, "file_name", str, where), member(entry, "id", int, where)
         unique(image_id, seen, "image id", where)
         inside(name, where)
-        images = tuple(raw / place / name for place in (f"{split}{year}", f"images/{split}{year}", "images"))
+        images = tuple(
+            folder / place / name for place in (f"{split}{year}", f"images/{split}{year}", "images")
+        )
         captions, dropped = clean_texts(texts.get(image_id, []))
         yield Row(split, name, (images,), {"captions": captions}, where, dropped)
     lost = sorted(set(texts) - seen)

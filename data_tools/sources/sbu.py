@@ -4,11 +4,19 @@ Pictures are those that could be downloaded, named by the last part of their URL
 or beside the JSON). Entries whose picture is not there count as `missing_file`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from data_tools.sources.base import AnnotationError, Row, Source, clean_texts, first_existing, is_inside
+from data_tools.sources.base import (
+    AnnotationError,
+    Request,
+    Row,
+    Source,
+    clean_texts,
+    first_existing,
+    is_inside,
+)
 from data_tools.sources.json_stream import entries
 
 FOLDERS = ("SBU", "images", ".")
@@ -21,9 +29,9 @@ def find(raw: Path) -> list[Path]:
     ]
 
 
-def rows(raw: Path, annotations: Sequence[Path]) -> Iterator[Row]:
+def rows(request: Request) -> Iterator[Row]:
     """One row an entry, all in split `train`."""
-    for path in annotations:
+    for path in request.annotations:
         pairs = zip_longest(entries(path, "image_urls"), entries(path, "captions"))
         for url_entry, caption_entry in pairs:
             if url_entry is None or caption_entry is None:
@@ -37,7 +45,7 @@ def rows(raw: Path, annotations: Sequence[Path]) -> Iterator[Row]:
                     raise AnnotationError(f"{place}: found {value!r:.80}, expected a text")
             name = url.rsplit("/", 1)[-1]
             captions, dropped = clean_texts([caption])
-            images = tuple(raw / folder / name for folder in FOLDERS) if is_inside(name) else ()
+            images = tuple(request.images / folder / name for folder in FOLDERS) if is_inside(name) else ()
             yield Row("train", name, (images,), {"captions": captions}, where, dropped)
 
 

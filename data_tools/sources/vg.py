@@ -5,10 +5,10 @@ Raw folder: `region_descriptions.json` (also in `annotations/`) and the picture 
 `image_data.json` is not needed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.sources.base import Row, Source, clean_texts, first_existing, member, unique
+from data_tools.sources.base import Request, Row, Source, clean_texts, first_existing, member, unique
 from data_tools.sources.json_stream import entries
 
 FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
@@ -20,17 +20,17 @@ def find(raw: Path) -> list[Path]:
     return [first_existing(raw, names, "region descriptions")]
 
 
-def rows(raw: Path, annotations: Sequence[Path]) -> Iterator[Row]:
+def rows(request: Request) -> Iterator[Row]:
     """One row an image, all in split `train`; repeated phrases of an image once."""
     seen: set[int] = set()
-    for path in annotations:
+    for path in request.annotations:
         for where, entry in entries(path):
             image_id = member(entry, "id", int, where)
             unique(image_id, seen, "image id", where)
             regions = member(entry, "regions", list, where)
             texts = [member(one, "phrase", str, f"{where}.regions[{i}]") for i, one in enumerate(regions)]
             captions, dropped = clean_texts(texts)
-            images = tuple(raw / folder / f"{image_id}.jpg" for folder in FOLDERS)
+            images = tuple(request.images / folder / f"{image_id}.jpg" for folder in FOLDERS)
             yield Row("train", str(image_id), (images,), {"captions": captions}, where, dropped)
 
 

@@ -57,6 +57,31 @@ def test_cc3m_and_sbu_rows(tmp_path: Path) -> None:
     assert manifest.dropped == {"missing_file": 5}
 
 
+def test_flickr(tmp_path: Path) -> None:
+    manifest, counts = convert("flickr30k", "flickr30k", tmp_path / "30k")
+    assert counts == {"val": (4, 20), "test": (5, 25)}  # the photos come from those lists
+    manifest, counts = convert("flickr8k", "flickr8k", tmp_path / "8k-karpathy")
+    assert counts == {"train": (60, 300), "val": (14, 70), "test": (6, 30)}
+    token = ("--annotations", "Flickr8k_text/Flickr8k.token.txt")
+    manifest, counts = convert("flickr8k", "flickr8k", tmp_path / "8k-token", *token)
+    assert counts == {"train": (60, 300), "val": (14, 70), "test": (6, 30)}
+    assert manifest.dropped == {}
+    manifest, counts = convert("flickr8k", "flickr8k/rows-without-images", tmp_path / "8k-rows")
+    assert manifest.dropped == {"missing_file": 40}  # 39 photos, and one whose name ends in .jpg.1
+    manifest, counts = convert("flickr30k", "flickr30k/rows-without-images", tmp_path / "30k-rows")
+    assert manifest.dropped == {"missing_file": 200}
+    csv = ("--annotations", "captions.txt", "--images", str(REAL / "flickr8k" / "Flicker8k_Dataset"))
+    manifest, counts = convert("table", "flickr8k", tmp_path / "8k-csv", *csv)
+    assert counts == {"train": (80, 400)}
+
+
+def test_cc12m_and_tars(tmp_path: Path) -> None:
+    manifest, _ = convert("cc12m", "cc12m/rows-without-images", tmp_path / "cc12m")
+    assert manifest.dropped == {"missing_file": 5}
+    manifest, _ = convert("webdataset", "webdataset/clip-retrieval", tmp_path / "tars")
+    assert manifest.dropped == {"no_text": 4 + 3 + 2 + 2}
+
+
 def test_bad_images_get_the_action_they_are_listed_with() -> None:
     files = json.loads((REAL / "bad-images" / "index.json").read_text("utf-8"))["files"]
     assert files

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.sources import SOURCES, AnnotationError, Row
+from data_tools.sources import SOURCES, AnnotationError, Request, Row
 from data_tools.sources.base import MAX_TEXT_BYTES, clean_texts, is_inside
 
 
@@ -17,7 +17,7 @@ def write(path: Path, content: Any) -> None:
 
 def rows(name: str, raw: Path) -> list[Row]:
     source = SOURCES[name]
-    return list(source.rows(raw, source.find(raw)))
+    return list(source.rows(Request(raw, source.find(raw))))
 
 
 def karpathy(number: int, split: str, captions: list[str], **changes: Any) -> dict[str, Any]:
