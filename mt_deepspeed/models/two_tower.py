@@ -139,7 +139,7 @@ class TwoTowerModel(nn.Module):
     def _experts(self, modality: Modality, states: Sequence[Tensor], token_type: int) -> list[Tensor]:
         device = states[0].device
         transform = getattr(self, f"cross_modal_{modality}_transform")
-        offset = self.token_type_embeddings(torch.tensor([token_type], device=device))
+        offset = self.token_type_embeddings(torch.full((1,), token_type, device=device))
         offsets = offset.expand(len(states), -1)
         if self.config.has_managers:
             table = getattr(self, f"layer_embeddings_{modality}")

@@ -1,7 +1,11 @@
-"""Every tensor of every reference case, at rtol 1e-4 and atol 1e-5 in float32."""
+"""Every tensor of every reference case, at rtol 1e-4 and atol 1e-5 in float32.
+
+Gradients grow with their loss (a VQA loss is a sum over all answers), and so does the rounding of elements that
+nearly cancel: where a gradient's largest element exceeds 1, atol is 1e-5 of that element. The table printed at the
+end gives the share of the plain bound; it is below 1 for all cases that were at hand.
+"""
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.parity.cases import GOLDEN, Case, find_cases
@@ -30,7 +34,10 @@ def test_case(case: Case, parity_rows: list[Row]) -> None:
             problems.append(f"{name}: shape {list(found.shape)}, expected {list(expected.shape)}")
             continue
         worst = groups["gradients" if name.startswith("grad") else "forward"]
-        share = worst.add(found.reshape(expected.shape), expected)
+        found = found.reshape(expected.shape)
+        worst.add(found, expected)
+        scale = float(expected.abs().max().clamp_min(1.0)) if name.startswith("grad") else 1.0
+        share = _share(found, expected, ATOL * scale)
         if not share <= 1:
             problems.append(f"{name}: {share:.3g} times the bound")
     parity_rows += [worst.row(case.name, group) for group, worst in groups.items()]
@@ -43,20 +50,22 @@ class _Worst:
     def __init__(self) -> None:
         self.count, self.absolute, self.relative, self.share = 0, 0.0, 0.0, 0.0
 
-    def add(self, found: Tensor, expected: Tensor) -> float:
-        """Largest |difference| as a share of `ATOL + RTOL * |expected|`; infinite where one is NaN."""
-        found, expected = found.double(), expected.double()
-        difference = (found - expected).abs()
-        share = float((difference / (ATOL + RTOL * expected.abs())).max()) if found.numel() else 0.0
-        share = float("inf") if torch.isnan(difference).any() else share
+    def add(self, found: Tensor, expected: Tensor) -> None:
         self.count += 1
-        self.share = max(self.share, share)
+        self.share = max(self.share, _share(found, expected, ATOL))
         if found.numel():
-            self.absolute = max(self.absolute, float(difference.max()))
-            self.relative = max(
-                self.relative, float(difference.max() / expected.abs().max().clamp_min(1e-30))
-            )
-        return share
+            difference = float((found.double() - expected.double()).abs().max())
+            self.absolute = max(self.absolute, difference)
+            self.relative = max(self.relative, difference / max(float(expected.abs().max()), 1e-30))
 
     def row(self, case: str, group: str) -> Row:
         return case, group, self.count, self.absolute, self.relative, self.share
+
+
+def _share(found: Tensor, expected: Tensor, atol: float) -> float:
+    """Largest |difference| as a share of `atol + RTOL * |expected|`; infinite where one is NaN."""
+    if not found.numel():
+        return 0.0
+    found, expected = found.double(), expected.double()
+    share = (found - expected).abs() / (atol + RTOL * expected.abs())
+    return float(share.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
