@@ -1,4 +1,4 @@
-"""Command line: `python -m data_tools synth | convert | verify | stats | peek`."""
+"""Command line: `python -m data_tools synth | convert | merge | verify | stats | peek`."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data_tools.pool import available_cores
 
@@ -33,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_synth(commands.add_parser("synth", help="write a procedural world in the raw layout of data sets"))
     _add_convert(commands.add_parser("convert", help="turn raw data into shards"))
+    merge = commands.add_parser("merge", help="put the parts of a conversion together")
+    merge.add_argument("parts", type=Path, nargs="+", help="folders written with `convert --part I/N`")
+    merge.add_argument("--out", type=Path, required=True)
+    merge.set_defaults(run=_merge)
     verify = commands.add_parser("verify", help="check shards against their manifest")
     verify.add_argument("folder", type=Path)
     verify.add_argument("--full", action="store_true", help="also hash the files and decode every picture")
@@ -80,6 +85,7 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--policy", choices=("skip", "error"), default="skip", help="what to do with a bad picture"
     )
+    convert.add_argument("--part", metavar="I/N", default="1/1", help="only a part, for `merge`")
     convert.add_argument("--workers", type=int, default=available_cores(), help="processes")
     convert.set_defaults(run=_convert)
 
@@ -121,6 +127,7 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from data_tools.merge import parse_part
     from data_tools.sources import SOURCES, AnnotationError, Request
     from data_tools.writer import Job, convert
 
@@ -146,6 +153,7 @@ def _convert(options: argparse.Namespace) -> int:
         annotations=tuple(files),
         options={key: value for key, value in columns.items() if value is not None},
         policy=options.policy,
+        part=parse_part(options.part),
     )
     progress = Progress()
     changed_in_all: Counter[str] = Counter()
@@ -155,14 +163,25 @@ def _convert(options: argparse.Namespace) -> int:
         progress(options.dataset, done, note=f", dropped {sum(dropped.values())}" if dropped else "")
 
     manifest = convert(job, options.out, options.workers, report)
-    for name, split in manifest.splits.items():
-        print(f"{options.out}: {name}: {split.rows} images, {split.texts} texts, {len(split.shards)} shards")
-    for reason, number in manifest.dropped.items():
-        print(f"{options.out}: dropped {reason}: {number}")
+    _print_splits(options.out, manifest)
     for change, number in sorted(changed_in_all.items()):
         print(f"{options.out}: encoded anew in this run, {change}: {number}")
     if not any(split.rows for split in manifest.splits.values()):
         print(f"warning: no picture was kept; is --raw {options.raw} complete?", file=sys.stderr)
+    return 0
+
+
+def _print_splits(out: Path, manifest: Any) -> None:
+    for name, split in manifest.splits.items():
+        print(f"{out}: {name}: {split.rows} images, {split.texts} texts, {len(split.shards)} shards")
+    for reason, number in manifest.dropped.items():
+        print(f"{out}: dropped {reason}: {number}")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from data_tools.merge import merge
+
+    _print_splits(options.out, merge(options.parts, options.out))
     return 0
 
 

@@ -71,7 +71,8 @@ class OpenShard:
     def takes(self, number: int, row: Row, checked: Checked) -> bool:
         """Whether the row belongs into this shard."""
         full = self._bytes + _size(row, checked) > MAX_SHARD_BYTES - _ROOM
-        return row.split == self._split and number % ROWS_PER_SHARD != 0 and not (full and self._rows)
+        same = row.split == self._split and number == self._stop and number % ROWS_PER_SHARD != 0
+        return same and not (full and self._rows)
 
     def add(self, row: Row, checked: Checked) -> Counter[str]:
         """Takes a row; returns what is dropped with it."""

@@ -14,10 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools import TOOL_VERSION
+from data_tools import TOOL_VERSION, shard_file
 from data_tools.files import hash_file
 from data_tools.images import MAX_FILE_BYTES, ImageRefused, check_image
 from data_tools.journal import JOURNAL_NAME, Journal, Stretch
+from data_tools.merge import PART, STARTS
 from data_tools.pool import map_in_order
 from data_tools.shard_file import Checked, OpenShard
 from data_tools.shard_format import (
@@ -58,6 +59,7 @@ class Job:
         annotations: Files the rows come from.
         options: Options that change the shards, for the manifest.
         policy: "skip": count pictures that are refused; "error": stop at the first.
+        part: (I, N): only every N-th stretch of `ROWS_PER_SHARD` source rows, from the I-th on.
     """
 
     dataset: str
@@ -67,6 +69,7 @@ class Job:
     annotations: tuple[Path, ...]
     options: dict[str, Any]
     policy: str = "skip"
+    part: tuple[int, int] = (1, 1)
 
 
 def convert(job: Job, out: Path, workers: int = 1, report: Report | None = None) -> Manifest:
@@ -85,7 +88,7 @@ def convert(job: Job, out: Path, workers: int = 1, report: Report | None = None)
         "dataset": job.dataset,
         "task": job.task,
         "tool_version": TOOL_VERSION,
-        "options": job.options,
+        "options": job.options if job.part == (1, 1) else {**job.options, PART: "{}/{}".format(*job.part)},
         "sources": [_source_info(job.raw, path).__dict__ for path in job.annotations],
     }
     if (out / MANIFEST_NAME).exists():
@@ -121,7 +124,8 @@ def _source_info(raw: Path, path: Path) -> SourceInfo:
 def _finished(out: Path, header: dict[str, Any]) -> Manifest:
     """The manifest of a conversion that has been finished before, if it is the same one."""
     manifest = read_manifest(out)
-    found = {**{key: getattr(manifest, key) for key in header}, "options": dict(manifest.options)}
+    found = {key: getattr(manifest, key) for key in header}
+    found["options"] = {key: value for key, value in manifest.options.items() if key != STARTS}
     found["sources"] = [source.__dict__ for source in manifest.sources]
     keys = sorted(key for key in header if found[key] != header[key])
     if keys:
@@ -135,12 +139,17 @@ def _finished(out: Path, header: dict[str, Any]) -> Manifest:
 
 def _manifest(header: dict[str, Any], stretches: list[Stretch]) -> Manifest:
     shards: dict[str, list[ShardInfo]] = {}
+    starts: dict[str, list[int]] = {}
     dropped: Counter[str] = Counter()
     for stretch in stretches:
-        own = shards.setdefault(stretch.split, [])
+        shards.setdefault(stretch.split, [])
+        starts.setdefault(stretch.split, [])
         if stretch.shard is not None:
-            own.append(stretch.shard)
+            shards[stretch.split].append(stretch.shard)
+            starts[stretch.split].append(stretch.start)
         dropped.update(stretch.dropped)
+    if PART in header["options"]:
+        header = {**header, "options": {**header["options"], STARTS: starts}}
     sources = tuple(SourceInfo(**source) for source in header["sources"])
     splits = {split: SplitInfo.of(tuple(shards[split])) for split in sorted(shards)}
     return Manifest(
@@ -182,7 +191,7 @@ def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[in
     under_way: deque[list[tuple[int, Row]]] = deque()
 
     def tasks() -> Iterator[list[tuple[ImageFile, ...] | None]]:
-        rows = _numbered(job.rows, journal)
+        rows = _numbered(job.rows, journal, job.part)
         while chunk := list(islice(rows, _CHUNK)):
             under_way.append(chunk)
             column = TEXT_COLUMNS[job.task]
@@ -193,8 +202,8 @@ def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[in
             yield number, row, Checked((), row.refused) if row.refused else checked
 
 
-def _numbered(rows: Iterable[Row], journal: Journal) -> Iterator[tuple[int, Row]]:
-    """Numbers the rows of each split from 0 and leaves out those that are done."""
+def _numbered(rows: Iterable[Row], journal: Journal, part: tuple[int, int]) -> Iterator[tuple[int, Row]]:
+    """Numbers the rows of each split from 0 and leaves out those that are done or of other parts."""
     split, number, done = "", 0, 0
     seen: set[str] = set()
     for row in rows:
@@ -204,7 +213,7 @@ def _numbered(rows: Iterable[Row], journal: Journal) -> Iterator[tuple[int, Row]
                 raise ConversionError(f"{row.where}: rows of split {row.split!r} do not stand together")
             seen.add(row.split)
             split, number, done = row.split, 0, journal.done(row.split)
-        if number >= done:
+        if number >= done and number // shard_file.ROWS_PER_SHARD % part[1] == part[0] - 1:
             yield number, row
         number += 1
 
