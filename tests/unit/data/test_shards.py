@@ -29,7 +29,7 @@ def read_pairs(dataset: CaptionDataset) -> list[tuple[int, str]]:
     return [(pair.row, pair.caption) for pair in pairs]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     captions=st.lists(st.lists(st.text(min_size=1, max_size=6), max_size=4), min_size=1, max_size=30),
     rows_per_shard=st.integers(1, 12),

@@ -61,7 +61,7 @@ def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path), ".", 50).vocab_size == 261
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=40) | st.lists(st.sampled_from(CAPTIONS)).map(" ".join))
 def test_ids_are_those_of_transformers(
     folder: Path, load: Callable[..., CaptionTokenizer], text: str
@@ -132,7 +132,7 @@ def test_words_follow_the_pre_tokenizer(load: Callable[..., CaptionTokenizer]) -
     assert text.words[0] == text.words[-1] == -1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     caption=st.sampled_from(CAPTIONS),
     seed=st.integers(0, 2**32),
