@@ -20,9 +20,9 @@ from mt_deepspeed.config import DataConfig, RunConfig, from_dict, load_config, t
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
 from mt_deepspeed.data.transforms import MEAN, STD, ImageTransform, normalise
-from mt_deepspeed.engine.weights import choose_weights, read_weights
-from mt_deepspeed.models.key_maps import plain_name
+from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
+from mt_deepspeed.starting_weights import run_state_dict
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.pretrain import PretrainTask
 
@@ -191,7 +191,7 @@ def _from_export(folder: Path) -> Pretrained:
 def _from_run(folder: Path, checkpoint: Path) -> Pretrained:
     config = load_config(files=[folder / RUN_CONFIG])
     task = _build(config)
-    import_checkpoint(task, {plain_name(name): tensor for name, tensor in read_weights(checkpoint)})
+    import_checkpoint(task, run_state_dict(checkpoint))
     provenance = {"run": folder.resolve().name, "checkpoint": checkpoint.name}
     return Pretrained(
         config, task, _tokenizer(config.data, config.data.tokenizer, config.data.root), provenance

@@ -33,9 +33,10 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     from mt_deepspeed.engine import launch
     from mt_deepspeed.engine.context import building
     from mt_deepspeed.engine.ds_config import load_ds_config
+    from mt_deepspeed.engine.layer_norms import fuse_layer_norms
     from mt_deepspeed.engine.loop import train
+    from mt_deepspeed.starting_weights import load_starting_weights
     from mt_deepspeed.tasks import build_task
-    from mt_deepspeed.weights import load_starting_weights
 
     place = launch.init()
     try:
@@ -45,6 +46,7 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
         with context:
             task = build_task(config)
         load_starting_weights(task, config)
+        fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
         train(config, ds_config, task, stream, batches, place)
     except ValueError as error:
