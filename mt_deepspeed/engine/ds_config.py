@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -76,16 +79,26 @@ class BatchSplit:
     world_size: int
 
 
-def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON file.
+def load_ds_config(path: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON file; `${NAME}` in it stands for an environment variable.
+
+    Args:
+        path: The file.
+        environment: Values of variables; None: the process's environment.
 
     Raises:
-        DsConfigError: Unreadable file, broken JSON (with line and column), or a refused key.
+        DsConfigError: Unreadable file, broken JSON (with line and column), unset variable, or a refused key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DsConfigError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from error
+    try:
+        text = Template(text).substitute(os.environ if environment is None else environment)
+    except KeyError as error:
+        raise DsConfigError(
+            f"{path} uses ${{{error.args[0]}}}: export {error.args[0]}=... before the start"
+        ) from error
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -114,7 +127,7 @@ def check_ds_config(values: dict[str, Any], where: str) -> None:
             raise DsConfigError(f"{where}: unknown key `{key}`{hint}; allowed: {', '.join(ALLOWED_KEYS)}")
     zero = values.get("zero_optimization", {})
     for key, reason in REFUSED_ZERO_KEYS.items():
-        if zero.get(key) not in (None, False, 1):
+        if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1):
             raise DsConfigError(f"{where}: zero_optimization.{key} is refused: {reason}; remove it")
     for key in REFUSED_ACTIVATION_KEYS:
         if values.get("activation_checkpointing", {}).get(key):

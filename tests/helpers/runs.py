@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mt_deepspeed.config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig
 from mt_deepspeed.engine.build import build
 from mt_deepspeed.engine.evaluate import reduce_report
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.optim import lr_factor, set_learning_rates
+from mt_deepspeed.engine.store import folder_name
+from mt_deepspeed.engine.weights import read_weights
 from tests.helpers.toy import Batch, ToyStream, ToyTask, make_task
 
 GLOBAL_BATCH = 8
@@ -105,3 +110,53 @@ def with_run_dir(case: Case, run_dir: Path, **checkpoint: Any) -> RunConfig:
     """The case's configuration with another run folder and checkpoint settings."""
     config = case.run_config(str(run_dir))
     return replace(config, checkpoint=replace(config.checkpoint, **checkpoint))
+
+
+class StopHere(Exception):
+    """Raised by a stream in place of a step: the run ends as if killed there."""
+
+
+def train_until(
+    place: Place, case: Case, run_dir: Path, stop: int | None, resume: str = "auto", kill: bool = False
+) -> None:
+    """`engine.loop.train` of the toy task; ends before step `stop` (None: at the last).
+
+    Args:
+        kill: End by SIGKILL instead of an exception.
+    """
+    import os
+    import signal
+
+    from mt_deepspeed.engine.loop import train
+
+    class Interrupted(case.stream):  # type: ignore[name-defined, misc]
+        def steps(self, first_step: int) -> Any:
+            for step, batches in enumerate(super().steps(first_step), first_step):
+                if step == stop:
+                    if kill:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise StopHere
+                yield batches
+
+    stream = Interrupted(GLOBAL_BATCH, case.micro, place.rank, place.world_size)
+    config = with_run_dir(case, run_dir, resume=resume)
+    try:
+        train(config, case.ds_config(), make_task(case.dropout), stream, None, place)
+    except StopHere:
+        assert stream.closed
+    else:
+        assert stop is None
+
+
+def logged(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Step -> training figures of `metrics.jsonl`; a step that was repeated counts with its last record."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found[record["step"]] = {key: value for key, value in record.items() if key.startswith("train/")}
+    return found
+
+
+def final_weights(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights of the checkpoint of a step."""
+    return dict(read_weights(run_dir / "checkpoints" / folder_name(step)))

@@ -67,7 +67,7 @@ class LastWithout(ToyStream):
 
 def test_offload_refuses_to_drop_the_gradient_of_an_early_micro_batch() -> None:
     case = Case(2, 4, 2, stream=LastWithout, zero=OFFLOAD, ds=NO_COMPILE)
-    with pytest.raises(RankError, match="extra.weight .* has a gradient in an earlier micro-batch"):
+    with pytest.raises(RankError, match=r"extra.weight .* has a gradient in an earlier micro-batch"):
         run_ranks(1, run_steps, case)
 
 
