@@ -63,23 +63,27 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}
 fi
+# The global batch of 128 is shared out evenly: as many processes as divide it.
+while ((128 % processes)); do processes=$((processes - 1)); done
 # Nothing here needs the network any more; a forgotten download fails at once.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+draw_world() {
+    # layout and number of pictures
+    "$PYTHON" -m data_tools synth --out "$out/raw" --image-size 48 --seed 0 --layout "$1" --num-images "$2"
+}
+
 synthesise() {
-    local workers
-    workers=$(nproc)
-    "$PYTHON" -m data_tools synth --out "$out/raw" --layout coco --num-images 8000 --image-size 48 --seed 0 \
-        --workers "$workers"
-    "$PYTHON" -m data_tools synth --out "$out/raw" --layout vg cc3m sbu --num-images 4000 --image-size 48 --seed 0 \
-        --workers "$workers"
+    draw_world coco 12000
+    draw_world vg 6000
+    draw_world cc3m 2000
+    draw_world sbu 2000
 }
 
 convert() {
     local layout
     for layout in coco vg cc3m sbu; do
-        "$PYTHON" -m data_tools convert "$layout" --raw "$out/raw/$layout" --out "$out/shards/$layout" \
-            --workers "$(nproc)"
+        "$PYTHON" -m data_tools convert "$layout" --raw "$out/raw/$layout" --out "$out/shards/$layout"
     done
 }
 
@@ -96,7 +100,9 @@ pretrain() {
     deepspeed --num_gpus "$processes" --master_port "$port" --module mt_deepspeed.train --preset quickstart \
         --deepspeed_config ds_configs/zero1.json \
         --set data.root="$out/shards" run_dir="$run" train.seed="$seed" \
-        ${length[@]+"${length[@]}"} ${settings[@]+"${settings[@]}"} 2>&1 | grep -v '\[launch.py\|\[runner.py'
+        train.global_batch_size=128 train.micro_batch_size=$((128 / processes)) \
+        ${length[@]+"${length[@]}"} ${settings[@]+"${settings[@]}"} 2>&1 |
+        grep --line-buffered -v 'launch.py\|runner.py'
 }
 
 evaluate() {
