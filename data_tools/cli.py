@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     )
     convert.add_argument("--path-column", help="of a table: column of the pictures' paths (or bytes)")
     convert.add_argument("--caption-column", help="of a table or of .json members: column of the captions")
+    convert.add_argument(
+        "--answers",
+        type=Path,
+        help="of vqav2, vgqa: JSON of the answers with labels, or shards made with them",
+    )
     convert.add_argument("--name", help="name of the data set in the manifest; default: DATASET")
     convert.add_argument(
         "--policy", choices=("skip", "error"), default="skip", help="what to do with a bad picture"
@@ -129,6 +135,7 @@ def _synth(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from data_tools.merge import parse_part
     from data_tools.sources import SOURCES, AnnotationError, Request
+    from data_tools.sources.answers import read_vocabulary
     from data_tools.writer import Job, convert
 
     source = SOURCES[options.dataset]
@@ -145,13 +152,19 @@ def _convert(options: argparse.Namespace) -> int:
         files = source.find(options.raw)
     columns = {"path_column": options.path_column, "caption_column": options.caption_column}
     request = Request(options.images or options.raw, files, **columns)
+    settings: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
+    if options.answers is not None:
+        settings["answers"] = read_vocabulary(options.answers)
+    elif source.answers is not None:
+        settings["answers"] = source.answers(request)
+    request = replace(request, answers=settings.get("answers", ()))
     job = Job(
         dataset=options.name or options.dataset,
         task=source.task,
         rows=source.rows(request),
         raw=options.raw,
         annotations=tuple(files),
-        options={key: value for key, value in columns.items() if value is not None},
+        options=settings,
         policy=options.policy,
         part=parse_part(options.part),
     )

@@ -14,33 +14,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from data_tools.files import write_atomically
+from data_tools.schemas import (
+    CAPTION_SCHEMA,
+    ENTAILMENT_SCHEMA,
+    IMAGE_COLUMNS,
+    NLVR2_SCHEMA,
+    SCHEMAS,
+    TEXT_COLUMNS,
+    VQA_SCHEMA,
+)
+
+__all__ = [
+    "CAPTION_SCHEMA",
+    "ENTAILMENT_SCHEMA",
+    "FORMAT_VERSION",
+    "IMAGE_COLUMNS",
+    "MANIFEST_NAME",
+    "MAX_SHARD_BYTES",
+    "NLVR2_SCHEMA",
+    "ROWS_PER_BATCH",
+    "SCHEMAS",
+    "TEXT_COLUMNS",
+    "VQA_SCHEMA",
+    "Manifest",
+    "ShardFormatError",
+    "ShardInfo",
+    "SourceInfo",
+    "SplitInfo",
+    "check_split_name",
+    "read_manifest",
+    "shard_name",
+    "write_manifest",
+]
 
 FORMAT_VERSION = 1
 ROWS_PER_BATCH = 256
 MAX_SHARD_BYTES = 512 << 20
 MANIFEST_NAME = "manifest.json"
-
-CAPTION_SCHEMA = pa.schema(
-    [
-        pa.field("image", pa.large_binary(), nullable=False),  # encoded file bytes (JPEG, PNG, ...)
-        pa.field("captions", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),  # pixels, of the picture as it decodes
-        pa.field("height", pa.int32(), nullable=False),
-    ]
-)
-
-SCHEMAS: dict[str, pa.Schema] = {"caption": CAPTION_SCHEMA}
-"""The Arrow schema of each task."""
-
-TEXT_COLUMNS: dict[str, str] = {"caption": "captions"}
-"""The list column of each task whose entries are its texts: one text is one training pair."""
-
-IMAGE_COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {"caption": (("image", "width", "height"),)}
-"""The columns (encoded bytes, width, height) of each picture in a row of each task."""
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*(-[A-Za-z0-9_]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

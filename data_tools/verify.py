@@ -78,6 +78,9 @@ def _contents(path: Path, task: str, shard: ShardInfo, full: bool) -> Iterator[s
         lengths = batch.column(TEXT_COLUMNS[task]).value_lengths()
         if batch.num_rows and pc.min(lengths).as_py() < 1:
             yield f"{where}: holds rows without texts"
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if pa.types.is_list(column.type) and not column.value_lengths().equals(lengths):
+                yield f"{where}: {name}: expected an entry for each of {TEXT_COLUMNS[task]}"
         texts += pc.sum(lengths).as_py() or 0
         if full:
             for row in range(batch.num_rows):

@@ -1,6 +1,21 @@
 """One module per data set: each yields rows, nothing else."""
 
-from data_tools.sources import cc3m, cc12m, coco, flickr, img2dataset, pairs, sbu, table, vg, webdataset
+from data_tools.sources import (
+    cc3m,
+    cc12m,
+    coco,
+    flickr,
+    img2dataset,
+    nlvr2,
+    pairs,
+    sbu,
+    snli_ve,
+    table,
+    vg,
+    vgqa,
+    vqav2,
+    webdataset,
+)
 from data_tools.sources.base import AnnotationError, ImageFile, Request, Row, Source
 
 SOURCES: dict[str, Source] = {
@@ -11,6 +26,10 @@ SOURCES: dict[str, Source] = {
     "sbu": sbu.SOURCE,
     "flickr30k": flickr.FLICKR30K,
     "flickr8k": flickr.FLICKR8K,
+    "vqav2": vqav2.SOURCE,
+    "vgqa": vgqa.SOURCE,
+    "nlvr2": nlvr2.SOURCE,
+    "snli_ve": snli_ve.SOURCE,
     "img2dataset": img2dataset.SOURCE,
     "pairs": pairs.SOURCE,
     "table": table.SOURCE,

@@ -34,9 +34,9 @@ class Row:
     split: str
     image_id: str
     images: tuple[ImageFile, ...]
-    columns: Mapping[str, Any]
+    columns: dict[str, Any]
     where: str
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
     refused: str = ""
 
 
@@ -49,12 +49,14 @@ class Request:
         annotations: Files to read, in order.
         path_column: Name of the column with the picture's path, where a table may name it as it likes.
         caption_column: Likewise of the caption.
+        answers: The answers that have a label, in the order of their labels.
     """
 
     images: Path
     annotations: Sequence[Path]
     path_column: str | None = None
     caption_column: str | None = None
+    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Source:
         task: Task of its rows, a key of `shard_format.SCHEMAS`.
         find: raw folder -> its annotation files; raises `AnnotationError` if they are not there.
         rows: Yields the rows of a request.
+        answers: The answer vocabulary that the annotation files of a request give; None: the task has none.
         published: Annotation file -> split -> (images, texts) as usually counted, for `stats`.
     """
 
@@ -72,6 +75,7 @@ class Source:
     find: Callable[[Path], list[Path]]
     rows: Callable[[Request], Iterator[Row]]
     published: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    answers: Callable[[Request], list[str]] | None = None
 
 
 def first_existing(raw: Path, names: Sequence[str], what: str) -> Path:
@@ -119,7 +123,7 @@ def clean_texts(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     dropped: Counter[str] = Counter()
     for text in texts:
         text = text.strip()
-        reason = _fault(text) or ("duplicate_text" if text in kept else "")
+        reason = text_fault(text) or ("duplicate_text" if text in kept else "")
         if reason:
             dropped[reason] += 1
         else:
@@ -130,7 +134,8 @@ def clean_texts(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
-def _fault(text: str) -> str:
+def text_fault(text: str) -> str:
+    """Why a text without outer white space must be left out; empty if it need not."""
     if not text:
         return "empty_text"
     if _CONTROL.search(text):
@@ -158,6 +163,11 @@ def inside(name: str, where: str) -> str:
     if not is_inside(name):
         raise AnnotationError(f"{where}: path {name!r:.200} may leave the raw folder; expected a plain name")
     return name
+
+
+def drop(row: Row, reason: str) -> None:
+    """Counts a text of the row that is left out."""
+    row.dropped[reason] = row.dropped.get(reason, 0) + 1
 
 
 def unique(identity: object, seen: set[Any], what: str, where: str) -> None:

@@ -75,6 +75,28 @@ def test_flickr(tmp_path: Path) -> None:
     assert counts == {"train": (80, 400)}
 
 
+def test_questions(tmp_path: Path) -> None:
+    images = ("--images", str(REAL / "coco"), "--answers", str(REAL / "vqa" / "trainval_label2ans.json"))
+    manifest, counts = convert("vqav2", "vqa", tmp_path / "vqa", *images)
+    assert counts == {"train": (30, 46 - 1)}
+    assert manifest.dropped == {"no_known_answer": 1}
+    assert len(manifest.options["answers"]) == 3129
+    _, counts = convert("vqav2", "vqa/for-coco-train2017-images", tmp_path / "vqa17", *images)
+    assert counts == {"train": (25, 39 - 1)}
+    manifest, counts = convert("vgqa", "vg", tmp_path / "vgqa", "--answers", str(tmp_path / "vqa"))
+    assert counts["train"][0] == 4
+    assert counts["train"][1] + sum(manifest.dropped.values()) == 580
+
+
+def test_nlvr2_and_entailment(tmp_path: Path) -> None:
+    _, counts = convert("nlvr2", "nlvr2", tmp_path / "nlvr2")
+    assert counts == {"dev": (4, 8), "test1": (4, 8)}
+    for name, expected in (("sample_pairs.allennlp", (2, 16)), ("sample_data.cpuknows", (5, 5))):
+        more = ("--annotations", f"{name}.jsonl", "--images", str(REAL / "flickr30k"))
+        _, counts = convert("snli_ve", "snli-ve", tmp_path / name, *more)
+        assert counts == {"train": expected}
+
+
 def test_cc12m_and_tars(tmp_path: Path) -> None:
     manifest, _ = convert("cc12m", "cc12m/rows-without-images", tmp_path / "cc12m")
     assert manifest.dropped == {"missing_file": 5}
