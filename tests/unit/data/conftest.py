@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import settings
 from PIL import Image
 
 from data_tools.shard_format import (
@@ -20,9 +19,6 @@ from data_tools.shard_format import (
     shard_name,
     write_manifest,
 )
-
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
 
 WORDS = ["a", "red", "blue", "small", "round", "cube", "ball", "near", "above", "left", "of", "the", "two"]
 Row = dict[str, Any]

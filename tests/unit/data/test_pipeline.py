@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mt_deepspeed.config.model import ModelConfig, TextTowerConfig, VisionTowerConfig
 from mt_deepspeed.config.run import DataConfig, DatasetConfig, ObjectivesConfig, RunConfig, TrainConfig
-from mt_deepspeed.data.collate import Batch
+from mt_deepspeed.data.collate import Batch, MicroBatch
 from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
 from mt_deepspeed.data.shards import ShardReadError
 from mt_deepspeed.data.text import train_tokenizer
@@ -254,6 +254,14 @@ def test_objectives_that_are_off_leave_their_keys_out(root: Path) -> None:
 def test_seed_changes_order_masks_and_crops(root: Path) -> None:
     one, other = take(configuration(root, seed=1), 0, 1)[0], take(configuration(root, seed=2), 0, 1)[0]
     assert [b["sample_ids"].tolist() for b in one] != [b["sample_ids"].tolist() for b in other]
+
+
+def test_a_pair_looks_different_at_each_position(root: Path) -> None:
+    stream = PretrainStream(configuration(root, itm_weight=0.0), 0, 1)
+    batch = stream._maker(MicroBatch(np.arange(12), np.zeros(12, dtype=np.int64)))
+    assert len(batch["text_ids"].unique(dim=0)) == 1
+    assert len(batch["mlm_ids"].unique(dim=0)) > 3
+    assert len(batch["pixels"].unique(dim=0)) == 12
 
 
 def test_loader_threads_leave_the_trainer_its_threads(root: Path) -> None:
