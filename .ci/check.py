@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def check_ds_config(path: Path) -> Iterator[str]:
     """Reads the file the way the engine does, which refuses keys that belong to the run configuration."""
     from mt_deepspeed.engine import ds_config
 
+    os.environ.setdefault("NVME_PATH", "/nvme")  # the file that offloads to NVMe reads where from
     try:
         ds_config.load_ds_config(path)
     except ValueError as error:

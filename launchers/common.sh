@@ -116,6 +116,10 @@ set_master() {
     export MASTER_ADDR MASTER_PORT
 }
 
+# The deepspeed launcher, started as a module: the first line of its script breaks where the path holds a space.
+LAUNCHER_MODULE=deepspeed.launcher.runner
+export LAUNCHER_MODULE
+
 # run_or_show COMMAND...: run it, or only print it after --dry-run.
 run_or_show() {
     if [ "${DRY_RUN:-false}" = true ]; then

@@ -46,5 +46,5 @@ if [ "$gpus" -eq 0 ]; then
 fi
 # A free port, so that two runs can share the machine.
 port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-run_or_show deepspeed --num_gpus "$processes" --master_port "$port" \
+run_or_show "$PYTHON" -m "$LAUNCHER_MODULE" --num_gpus "$processes" --master_port "$port" \
     --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}

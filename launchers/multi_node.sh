@@ -45,7 +45,8 @@ enter_environment
 require_package
 
 if [ -n "$hostfile" ]; then
-    run_or_show deepspeed --hostfile "$hostfile" --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}
+    run_or_show "$PYTHON" -m "$LAUNCHER_MODULE" --hostfile "$hostfile" \
+        --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}
     exit
 fi
 
@@ -58,6 +59,6 @@ set_master
 # shellcheck disable=SC2016  # $SLURM_NODEID differs per node: the inner shell expands it
 run_or_show srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --kill-on-bad-exit=1 bash -c \
-    'exec deepspeed --hostfile "$0" --no_ssh --node_rank="$SLURM_NODEID" \
+    'exec "$PYTHON" -m "$LAUNCHER_MODULE" --hostfile "$0" --no_ssh --node_rank="$SLURM_NODEID" \
         --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module mt_deepspeed.train "$@"' \
     "$hostfile" ${arguments[@]+"${arguments[@]}"}

@@ -97,7 +97,8 @@ pretrain() {
     local port length=()
     if [ "$long" = true ]; then length=(train.max_steps=8000); fi
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed --num_gpus "$processes" --master_port "$port" --module mt_deepspeed.train --preset quickstart \
+    "$PYTHON" -m "$LAUNCHER_MODULE" --num_gpus "$processes" --master_port "$port" \
+        --module mt_deepspeed.train --preset quickstart \
         --deepspeed_config ds_configs/zero1.json \
         --set data.root="$out/shards" run_dir="$run" train.seed="$seed" \
         train.global_batch_size=128 train.micro_batch_size=$((128 / processes)) \

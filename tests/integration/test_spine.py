@@ -108,7 +108,7 @@ def run_dir(shards: Path) -> Path:
     """A finished run of two ranks under the deepspeed launcher."""
     run = shards / "run"
     launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
+        *[sys.executable, "-m", "deepspeed.launcher.runner"],
         "--num_gpus",
         "2",
         "--master_port",
