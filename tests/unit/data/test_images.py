@@ -1,7 +1,6 @@
 """Decoding: every kind of file becomes upright RGB, and damage is an error."""
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from mt_deepspeed.data import images
 from mt_deepspeed.data.images import decode_image, to_picture, to_tensor
+from tests.helpers.datasets import encode_image
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def test_decompression_bombs_are_refused(picture: Image.Image, monkeypatch: pyte
         decode_image(encoded(picture, "PNG"))
 
 
-def test_read_only_data_is_enough(image_encoder: Callable[..., bytes]) -> None:
-    data = np.frombuffer(image_encoder(1), np.uint8)
+def test_read_only_data_is_enough() -> None:
+    data = np.frombuffer(encode_image(1), np.uint8)
     assert not data.flags.writeable
     decode_image(data)
 

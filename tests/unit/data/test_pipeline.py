@@ -1,73 +1,19 @@
-"""Streams: one for every number of ranks and workers, exact resume, clear errors at the start."""
+"""Streams: one for every number of ranks and workers, exact resume, batches as the contract says."""
 
 import dataclasses
 import itertools
-import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mt_deepspeed.config.model import ModelConfig, TextTowerConfig, VisionTowerConfig
-from mt_deepspeed.config.run import DataConfig, DatasetConfig, ObjectivesConfig, RunConfig, TrainConfig
+from mt_deepspeed.config.run import DatasetConfig
 from mt_deepspeed.data.collate import Batch, MicroBatch
-from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
-from mt_deepspeed.data.shards import ShardReadError
-from mt_deepspeed.data.text import train_tokenizer
-
-VOCABULARY = 320
-Rows = Callable[..., list[dict[str, Any]]]
-Writer = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def root(rows: Rows, dataset_writer: Writer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("root")
-    dataset_writer(root / "one", {"train": rows(23), "val": rows(7, seed=50)})
-    dataset_writer(root / "two", {"train": rows(11, seed=100), "extra": rows(3, seed=150)})
-    captions = [caption for row in rows(40) for caption in row["captions"]]
-    train_tokenizer(captions, root / "tokenizer", VOCABULARY)
-    return root
-
-
-def configuration(root: Path, **changes: Any) -> RunConfig:
-    """A small run; `changes` name fields of the data, objectives and train sections."""
-    sections: dict[str, Any] = {
-        "data": DataConfig(
-            root=str(root),
-            train=(DatasetConfig(path="one"), DatasetConfig(path="two", splits=("train", "extra"))),
-            eval=(DatasetConfig(path="one", splits=("val",)),),
-            tokenizer="tokenizer",
-            max_text_len=12,
-            num_workers=0,
-            train_transform="albef_randaug",
-        ),
-        "objectives": ObjectivesConfig(),
-        "train": TrainConfig(global_batch_size=8, micro_batch_size=2, seed=3),
-    }
-    for name, section in sections.items():
-        fields = {field.name for field in dataclasses.fields(section)}
-        own = {key: value for key, value in changes.items() if key in fields}
-        sections[name] = dataclasses.replace(section, **own)
-    model = ModelConfig(
-        text=TextTowerConfig(vocab_size=VOCABULARY, max_positions=40),
-        vision=VisionTowerConfig(image_size=16, patch_size=8),
-    )
-    return RunConfig(model=model, **sections)
-
-
-def take(
-    config: RunConfig, first_step: int, steps: int, rank: int = 0, world_size: int = 1
-) -> list[list[Batch]]:
-    stream = PretrainStream(config, rank, world_size)
-    result = list(itertools.islice(stream.steps(first_step), steps))
-    stream.close()
-    return result
+from mt_deepspeed.data.pipeline import PretrainStream
+from tests.helpers.datasets import configuration, make_rows, take, write_dataset
 
 
 def merged(ranks: list[list[list[Batch]]]) -> list[list[Batch]]:
@@ -151,9 +97,11 @@ def test_an_epoch_holds_every_pair_once(root: Path) -> None:
     assert np.array_equal(np.sort(positions), np.arange(steps * 8))
 
 
-def test_batches_are_what_the_contract_says(root: Path, rows: Rows) -> None:
+def test_batches_are_what_the_contract_says(root: Path) -> None:
     captions = [
-        caption for row in [*rows(23), *rows(11, seed=100), *rows(3, seed=150)] for caption in row["captions"]
+        caption
+        for row in [*make_rows(23), *make_rows(11, seed=100), *make_rows(3, seed=150)]
+        for caption in row["captions"]
     ]
     config = configuration(root, micro_batch_size=4)
     stream = PretrainStream(config, 0, 1)
@@ -229,11 +177,9 @@ def test_in_batch_negatives_show_another_image(root: Path) -> None:
             assert label == 0 or index == row
 
 
-def test_in_batch_without_another_image_counts_as_matched(
-    root: Path, rows: Rows, dataset_writer: Writer, tmp_path: Path
-) -> None:
-    row = rows(1)[0] | {"captions": ["red ball", "blue ball", "red cube", "blue cube"]}
-    dataset_writer(tmp_path / "same", {"train": [row]})
+def test_in_batch_without_another_image_counts_as_matched(root: Path, tmp_path: Path) -> None:
+    row = make_rows(1)[0] | {"captions": ["red ball", "blue ball", "red cube", "blue cube"]}
+    write_dataset(tmp_path / "same", {"train": [row]})
     data = {"train": (DatasetConfig(path=str(tmp_path / "same")),), "eval": ()}
     config = configuration(root, **data, itm_negatives="in_batch", global_batch_size=4)
     for batch in take(config, 0, 2)[0]:
@@ -272,129 +218,3 @@ def test_loader_threads_leave_the_trainer_its_threads(root: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("max_samples", [0, 5, 12, 1000])
-def test_evaluation_takes_every_pair_once(root: Path, rows: Rows, world_size: int, max_samples: int) -> None:
-    all_pairs = [caption for row in rows(7, seed=50) for caption in row["captions"]]
-    config = configuration(root, micro_batch_size=2, itm_negatives="in_batch")
-    ranks = [list(eval_batches(config, rank, world_size, max_samples)) for rank in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1
-    whole = list(eval_batches(configuration(root, micro_batch_size=100, seed=9), 0, 1, max_samples))
-    assert len(whole) == 1
-    found = [
-        (int(batch["sample_ids"][i]), int(batch["itm_labels"][i]), batch["mlm_labels"][i].unique().tolist())
-        for batches in ranks
-        for batch in batches
-        for i in range(len(batch["sample_ids"]))
-    ]
-    expected = [
-        (
-            int(whole[0]["sample_ids"][i]),
-            int(whole[0]["itm_labels"][i]),
-            whole[0]["mlm_labels"][i].unique().tolist(),
-        )
-        for i in range(len(whole[0]["sample_ids"]))
-    ]
-    taken = [ids for ids, _, _ in expected]
-    assert taken == sorted(set(taken))
-    gaps = np.diff([*taken, len(all_pairs)])
-    assert gaps.max() - gaps.min() <= 1
-    assert {ids: rest for ids, *rest in found} == {ids: rest for ids, *rest in expected}
-    assert len(found) == len(expected)
-    assert len(expected) == (
-        max_samples if 0 < max_samples < 1000 else sum(len(c) for c in val_captions(root))
-    )
-
-
-def val_captions(root: Path) -> list[list[str]]:
-    stream = PretrainStream(configuration(root, train=(DatasetConfig(path="one", splits=("val",)),)), 0, 1)
-    by_row: dict[int, list[str]] = {}
-    for index in range(stream.num_pairs):
-        sample = stream._corpus.sample(index)
-        by_row.setdefault(sample.row, []).append(sample.caption)
-    return list(by_row.values())
-
-
-def test_empty_evaluation_batches_have_shapes(root: Path) -> None:
-    batches = list(eval_batches(configuration(root), 3, 4, 2))
-    assert [len(batch["sample_ids"]) for batch in batches] == [0]
-    assert batches[0]["pixels"].shape == (0, 3, 16, 16)
-    assert batches[0]["text_ids"].shape[0] == batches[0]["itm_labels"].shape[0] == 0
-    assert batches[0]["text_ids"].dtype == batches[0]["itm_image_index"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_unreadable_image_names_file_row_and_reason(
-    root: Path, rows: Rows, dataset_writer: Writer, tmp_path: Path, num_workers: int
-) -> None:
-    bad = rows(12)
-    bad[7]["image"] = bad[7]["image"][:-40]
-    dataset_writer(tmp_path / "bad", {"train": bad}, rows_per_shard=5)
-    config = configuration(root, train=(DatasetConfig(path=str(tmp_path / "bad")),), num_workers=num_workers)
-    stream = PretrainStream(config, 0, 1)
-    with pytest.raises(
-        ShardReadError, match=r"train-00001\.arrow: row 2: image 'picture-0-7\.jpg': cannot decode"
-    ):
-        list(itertools.islice(stream.steps(0), 20))
-    stream.close()
-
-
-FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no data": ({"train": ()}, "data.train: empty"),
-    "half weighted": (
-        {"train": (DatasetConfig(path="one", weight=1.0), DatasetConfig(path="two"))},
-        "1 of 2 data sets have a weight",
-    ),
-    "weight in evaluation": ({"eval": (DatasetConfig(path="one", weight=1.0),)}, "weights have no meaning"),
-    "no folder": ({"train": (DatasetConfig(path="three"),)}, "three"),
-    "no split": ({"train": (DatasetConfig(path="one", splits=("test",)),)}, "choose from"),
-    "evaluation unreadable": ({"eval": (DatasetConfig(path="three"),)}, "three"),
-    "no tokenizer": ({"tokenizer": "one"}, r"vocab\.json"),
-    "long texts": ({"max_text_len": 39}, "choose 3 to 38"),
-    "few pairs": ({"global_batch_size": 1000}, "fewer than train.global_batch_size 1000"),
-    "no multiple": ({"global_batch_size": 9}, "no multiple"),
-    "transform": ({"train_transform": "crop"}, "train_transform 'crop'"),
-    "random evaluation": ({"eval_transform": "clip_randaug"}, "eval_transform 'clip_randaug'"),
-    "micro-batch of one": (
-        {"micro_batch_size": 1, "itm_negatives": "in_batch"},
-        "needs train.micro_batch_size >= 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_told_before_training(root: Path, name: str) -> None:
-    changes, message = FAULTS[name]
-    with pytest.raises(ValueError, match=message):
-        PretrainStream(configuration(root, **changes), 0, 1)
-
-
-def test_tokenizer_and_model_must_fit(root: Path) -> None:
-    config = configuration(root)
-    for text, message in (
-        (TextTowerConfig(vocab_size=500), r"has 320 tokens, model\.text\.vocab_size is 500"),
-        (TextTowerConfig(vocab_size=VOCABULARY, pad_token_id=0), "pads with 1"),
-    ):
-        other = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-        with pytest.raises(ValueError, match=message):
-            PretrainStream(other, 0, 1)
-
-
-def test_one_image_gives_no_negatives(root: Path, rows: Rows, dataset_writer: Writer, tmp_path: Path) -> None:
-    dataset_writer(tmp_path / "lonely", {"train": rows(1)})
-    with pytest.raises(ValueError, match="at least two images"):
-        PretrainStream(configuration(root, train=(DatasetConfig(path=str(tmp_path / "lonely")),)), 0, 1)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_process_ends_the_run(root: Path) -> None:
-    stream = PretrainStream(configuration(root, num_workers=1, worker_kind="process"), 0, 1)
-    steps = stream.steps(0)
-    next(steps)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    # DataLoader names the worker, unless it died while handing over a batch: then the connection breaks.
-    with pytest.raises((RuntimeError, EOFError, ConnectionError)):
-        list(itertools.islice(steps, 100))

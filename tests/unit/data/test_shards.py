@@ -2,7 +2,6 @@
 
 import multiprocessing
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from hypothesis import strategies as st
 
 from data_tools.shard_format import CAPTION_SCHEMA, ShardFormatError, ShardInfo, read_manifest, write_manifest
 from mt_deepspeed.data.shards import CaptionDataset, ShardReadError
-
-Rows = Callable[..., list[dict[str, Any]]]
-Writer = Callable[..., Path]
+from tests.helpers.datasets import make_rows, write_dataset
 
 
 def expected_pairs(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -39,7 +36,6 @@ def test_every_pair_and_image_is_found(
     captions: list[list[str]],
     rows_per_shard: int,
     rows_per_batch: int,
-    dataset_writer: Writer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     rows = [
@@ -48,7 +44,7 @@ def test_every_pair_and_image_is_found(
     ]
     folder = tmp_path_factory.mktemp("data")
     dataset = CaptionDataset(
-        dataset_writer(folder, {"train": rows}, rows_per_shard, rows_per_batch), ["train"]
+        write_dataset(folder, {"train": rows}, rows_per_shard, rows_per_batch), ["train"]
     )
     dataset.check()
     assert dataset.num_rows == len(rows)
@@ -60,19 +56,19 @@ def test_every_pair_and_image_is_found(
 
 
 @pytest.fixture(scope="module")
-def folder(rows: Rows, dataset_writer: Writer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    splits = {"train": rows(23), "restval": rows(8, seed=100), "val": rows(5, seed=200)}
-    return dataset_writer(tmp_path_factory.mktemp("data") / "set", splits)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {"train": make_rows(23), "restval": make_rows(8, seed=100), "val": make_rows(5, seed=200)}
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", splits)
 
 
 @pytest.fixture
-def copied(rows: Rows, dataset_writer: Writer, tmp_path: Path) -> Path:
-    return dataset_writer(tmp_path / "set", {"train": rows(23), "val": rows(5, seed=200)})
+def copied(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "set", {"train": make_rows(23), "val": make_rows(5, seed=200)})
 
 
-def test_splits_follow_each_other(folder: Path, rows: Rows) -> None:
+def test_splits_follow_each_other(folder: Path) -> None:
     dataset = CaptionDataset(folder, ["restval", "train"])
-    assert read_pairs(dataset) == expected_pairs(rows(8, seed=100) + rows(23))
+    assert read_pairs(dataset) == expected_pairs(make_rows(8, seed=100) + make_rows(23))
     assert dataset.digest == CaptionDataset(folder, ["val"]).digest
 
 
@@ -163,8 +159,8 @@ def arrow_file(table: pa.Table, **options: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_other_content_is_refused(copied: Path, rows: Rows) -> None:
-    table = pa.Table.from_pylist(rows(10), schema=CAPTION_SCHEMA)
+def test_other_content_is_refused(copied: Path) -> None:
+    table = pa.Table.from_pylist(make_rows(10), schema=CAPTION_SCHEMA)
     contents = {
         "not a readable Arrow": b"nothing of the kind",
         "schema": arrow_file(table.drop_columns(["width"])),
@@ -176,13 +172,13 @@ def test_other_content_is_refused(copied: Path, rows: Rows) -> None:
             CaptionDataset(copied, ["train"]).check()
 
 
-def test_damaged_offsets_and_texts_are_named(copied: Path, rows: Rows) -> None:
+def test_damaged_offsets_and_texts_are_named(copied: Path) -> None:
     path = copied / "train-00000.arrow"
     data = path.read_bytes()
-    caption = rows(23)[2]["captions"][0].encode()
+    caption = make_rows(23)[2]["captions"][0].encode()
     path.write_bytes(data.replace(caption, b"\xff" * len(caption), 1))
     dataset = CaptionDataset(copied, ["train"])
-    index = [row for row, _ in expected_pairs(rows(23))].index(2)
+    index = [row for row, _ in expected_pairs(make_rows(23))].index(2)
     with pytest.raises(ShardReadError, match=r"train-00000\.arrow: row 2: captions: .*utf-8"):
         dataset.pair(index)
 
@@ -203,12 +199,12 @@ def anonymous_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's memory figures")
-def test_reading_everything_keeps_nothing(dataset_writer: Writer, tmp_path: Path) -> None:
+def test_reading_everything_keeps_nothing(tmp_path: Path) -> None:
     rows = [
         {"image": bytes(200_000), "captions": ["a", "b"], "image_id": str(i), "width": 1, "height": 1}
         for i in range(400)
     ]
-    dataset = CaptionDataset(dataset_writer(tmp_path / "large", {"train": rows}, 100, 50), ["train"])
+    dataset = CaptionDataset(write_dataset(tmp_path / "large", {"train": rows}, 100, 50), ["train"])
     del rows
     dataset.check()
     before = anonymous_bytes()
