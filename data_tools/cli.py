@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.pool import available_cores
 
-# Each command imports what it needs: `synth` runs without pyarrow, and `--help` at once.
+# Commands import what they need when they run: worker processes import this module too.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_synth(synth: argparse.ArgumentParser) -> None:
+    from data_tools.synthetic.layouts import LAYOUTS
+
     synth.add_argument(
         "--out", type=Path, required=True, help="folder; each layout gets one of its own below"
     )
-    synth.add_argument("--layout", nargs="+", required=True, metavar="NAME", help="coco vg cc3m sbu")
+    synth.add_argument("--layout", nargs="+", required=True, choices=sorted(LAYOUTS))
     synth.add_argument("--num-images", type=int, required=True, help="pictures per layout")
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")

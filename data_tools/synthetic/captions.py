@@ -41,7 +41,7 @@ def write_regions(scene: Scene, draw: Draw, image_size: int) -> list[tuple[str, 
             article = draw.choice(("a ", "", ""))
             regions.append((article + _attributes(group, draw) + group.shape, box))
         if group.count > 1:
-            regions.append((_noun(group, draw), _around(boxes)))
+            regions.append((noun_phrase(group, draw), _around(boxes)))
         else:
             regions.append((f"the {group.shape} is {group.colour}", boxes[0]))
     return regions
@@ -63,7 +63,7 @@ def _sentence(fact: tuple[Group, ...], draw: Draw) -> str:
         return draw.choice((_exists, _placed, _placed, _described, _numbered))(fact[0], draw)
     if len(fact) == 2:
         return _related(fact[0], fact[1], draw)
-    nouns = [_noun(group, draw, detail=0.1) for group in fact]
+    nouns = [noun_phrase(group, draw, detail=0.1) for group in fact]
     return f"{draw.choice(_INTRODUCTIONS)} {nouns[0]} and {nouns[1]} and {nouns[2]}"
 
 
@@ -73,7 +73,7 @@ def _attributes(group: Group, draw: Draw, detail: float = 0.3) -> str:
     return f"{size}{texture}{group.colour} "
 
 
-def _noun(group: Group, draw: Draw, detail: float = 0.3) -> str:
+def noun_phrase(group: Group, draw: Draw, detail: float = 0.3) -> str:
     """Such as "a large red circle", "one red circle", "two dotted red circles"."""
     attributes = _attributes(group, draw, detail)
     if group.count == 1:
@@ -90,7 +90,7 @@ def _named(group: Group) -> str:
 
 
 def _exists(group: Group, draw: Draw) -> str:
-    noun = _noun(group, draw, detail=0.5)
+    noun = noun_phrase(group, draw, detail=0.5)
     form = draw.below(3)
     if form == 0:
         return f"{draw.choice(_INTRODUCTIONS)} {noun}"
@@ -114,7 +114,7 @@ def _placed(group: Group, draw: Draw) -> str:
     place = _place(group)
     if place is None:
         return _exists(group, draw)
-    noun = _noun(group, draw)
+    noun = noun_phrase(group, draw)
     form = draw.below(3)
     if form == 0:
         return f"{place} there {_is(group)} {noun}"
@@ -143,9 +143,9 @@ def _place(group: Group) -> str | None:
 def _related(a: Group, b: Group, draw: Draw) -> str:
     words = relation(a, b)
     if not words or draw.chance(0.15):
-        return f"{draw.choice(_INTRODUCTIONS)} {_noun(a, draw)} and {_noun(b, draw)}"
+        return f"{draw.choice(_INTRODUCTIONS)} {noun_phrase(a, draw)} and {noun_phrase(b, draw)}"
     word = draw.choice(words)
-    first, second = _noun(a, draw), _noun(b, draw)
+    first, second = noun_phrase(a, draw), noun_phrase(b, draw)
     sideways = word in RELATIONS[:2]
     form = draw.below(3)
     if form == 0:

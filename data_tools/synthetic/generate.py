@@ -10,7 +10,8 @@ from PIL import Image
 from data_tools.files import write_atomically
 from data_tools.pool import map_in_order
 from data_tools.synthetic.draw import Draw
-from data_tools.synthetic.layouts import LAYOUTS, Record
+from data_tools.synthetic.layout import HELD_OUT, Record
+from data_tools.synthetic.layouts import LAYOUTS
 from data_tools.synthetic.lexicon import visual_words
 from data_tools.synthetic.world import MIN_IMAGE_SIZE, Scene, render, sample_scene
 
@@ -25,9 +26,9 @@ Report = Callable[[str, int, int], None]
 """Told (layout, pictures done, pictures in all)."""
 
 
-def scene_of(layout: str, seed: int, index: int) -> Scene:
-    """The scene of picture `index`; each layout shows other scenes."""
-    return sample_scene(Draw("scene", layout, seed, index))
+def scene_of(layout: str, seed: int, number: int) -> Scene:
+    """The scene of picture `number`; each layout shows other scenes."""
+    return sample_scene(Draw("scene", layout, seed, number))
 
 
 def write_worlds(
@@ -39,7 +40,7 @@ def write_worlds(
     workers: int = 1,
     report: Report | None = None,
 ) -> None:
-    """Writes `num_images` pictures per layout below `out`/<layout>, and `out`/visual_words.json.
+    """Writes `num_images` pictures (or pairs) per layout below `out`/<layout>, and `out`/visual_words.json.
 
     A layout that is complete with the same options is left as it is; one with fewer pictures of the same
     world is extended.
@@ -92,8 +93,8 @@ def _write_world(
     workers: int,
     report: Report | None,
 ) -> None:
-    pictures = {LAYOUTS[layout].picture(index).rsplit("/", 1)[0] for index in range(min(num_images, 100))}
-    for name in pictures:
+    first = range(min(num_images, 100 * HELD_OUT))  # enough to meet every folder
+    for name in {path.rsplit("/", 1)[0] for index in first for path in LAYOUTS[layout].pictures(index)}:
         (folder / name).mkdir(parents=True, exist_ok=True)
     tasks = [
         (folder, layout, seed, image_size, start, min(start + CHUNK, num_images))
@@ -117,9 +118,11 @@ def _write_chunk(task: tuple[Path, str, int, int, int, int]) -> list[Record]:
     layout = LAYOUTS[name]
     records = []
     for index in range(start, stop):
-        scene = scene_of(name, seed, index)
-        (folder / layout.picture(index)).write_bytes(encode(scene, image_size))
-        records.append(layout.describe(index, scene, Draw("text", name, seed, index), image_size))
+        paths = layout.pictures(index)
+        scenes = [scene_of(name, seed, index * len(paths) + number) for number in range(len(paths))]
+        for path, scene in zip(paths, scenes, strict=True):
+            (folder / path).write_bytes(encode(scene, image_size))
+        records.append(layout.describe(index, scenes, Draw("text", name, seed, index), image_size))
     return records
 
 
