@@ -6,6 +6,7 @@ file, made durable, renamed and noted in the journal; the manifest comes last. A
 keeps the finished shards.
 """
 
+import errno
 import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -243,6 +244,10 @@ def _read(image: ImageFile) -> bytes:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except PermissionError as error:
-            raise ImageRefused("unreadable_file", f"{path}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no file can have such a name
+                continue
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP):
+                raise ImageRefused("unreadable_file", f"{path}: {error.strerror}") from error
+            raise  # a fault of the machine, not of the file
     raise ImageRefused("missing_file", str(image[0]) if image else "no file name")

@@ -107,6 +107,8 @@ def member(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> 
     value = record[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
         raise AnnotationError(f"{where}: field {key!r}: found {value!r:.80}, expected {expected}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise AnnotationError(f"{where}: field {key!r}: found {value!r:.80}, expected an integer of 64 bits")
     return value
 
 

@@ -165,6 +165,7 @@ VG, SBU, CC3M = "region_descriptions.json", "sbu-captions-all.json", "Train_GCC-
         ("coco", OFFICIAL, {**official(""), "images": []}, ["image_id 8", "'images'"]),
         ("coco", OFFICIAL, {**official(""), "annotations": [{"image_id": True}]}, ["annotations[0]", "True"]),
         ("vg", VG, [{"id": "1", "regions": []}], ["entry [0]", "'id'", "'1'", "an integer"]),
+        ("vg", VG, [{"id": 2**63, "regions": []}], ["entry [0]", "'id'", "64 bits"]),
         ("vg", VG, [{"id": 1, "regions": []}] * 2, ["entry [1]", "image id 1", "twice"]),
         ("vg", VG, [{"id": 1, "regions": [{}]}], ["entry [0].regions[0]", "'phrase' is missing"]),
         ("vg", VG, {"id": 1}, ["line 1 column 1", "start of the list"]),

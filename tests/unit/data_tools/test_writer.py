@@ -216,7 +216,9 @@ def test_unreadable_files_are_counted(tmp_path: Path) -> None:
 def test_folders_and_large_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_tools.writer.MAX_FILE_BYTES", 1000)
     (tmp_path / "large.png").write_bytes(b"x" * 1001)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     files = [tmp_path, tmp_path / "large.png", tmp_path / "large.png" / "below"]
+    files += [tmp_path / "loop", tmp_path / ("x" * 5000)]
     rows = [Row("train", "a", ((file,),), {"captions": ["a"]}, "rows[0]", {}) for file in files]
     dropped = convert(job(rows, tmp_path), tmp_path / "out").dropped
-    assert Counter(dropped) == Counter(unreadable_file=1, file_too_large=1, missing_file=1)
+    assert Counter(dropped) == Counter(unreadable_file=2, file_too_large=1, missing_file=2)
