@@ -20,7 +20,14 @@ step() {
     local name=$1 fix=$2 started=$SECONDS status=0
     shift 2
     say "$name"
-    "$@" || status=$?
+    # Not `"$@" || status=$?`: bash would then go on after a failed command inside a function.
+    set +e
+    (
+        set -e
+        "$@"
+    )
+    status=$?
+    set -e
     if [ "$status" -ne 0 ]; then fail "$name (exit status $status)" "$fix"; fi
     say "$name: done in $((SECONDS - started)) s"
 }

@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
         --long) long=true ;;
         --seed | --out)
             [ $# -ge 2 ] || fail "$1 without a value" "see bash launchers/quickstart.sh --help"
-            if [ "$1" = --seed ]; then seed=$2; else out=$2; fi
+            if [ "$1" = --seed ]; then seed=$2; else out=$(realpath -m -- "$2"); fi
             shift
             ;;
         --set)
@@ -107,8 +107,9 @@ pretrain() {
 }
 
 evaluate() {
-    "$PYTHON" -m mt_deepspeed.evaluate --checkpoint "$run" --visual-words "$words" --max-samples 2000 \
-        --out "$run/evaluation.json" >/dev/null
+    # `test`: pictures that neither training nor the choice of the best checkpoint has seen.
+    "$PYTHON" -m mt_deepspeed.evaluate --checkpoint "$run" --shards "$out/shards/coco" --splits test \
+        --visual-words "$words" --max-samples 2000 --out "$run/evaluation.json" >/dev/null
 }
 
 again="run 'bash launchers/quickstart.sh' again: finished steps are reused"
@@ -121,7 +122,7 @@ step "evaluating on held-out pictures" "$again" evaluate
 step "exporting the model" "remove $out/model-$name; $again" \
     "$PYTHON" -m mt_deepspeed.export --checkpoint "$run" --out "$out/model-$name"
 step "filling masked words in held-out pictures" "$again" \
-    "$PYTHON" -m mt_deepspeed.predict --model "$out/model-$name" --shards "$out/shards/coco" --split val \
+    "$PYTHON" -m mt_deepspeed.predict --model "$out/model-$name" --shards "$out/shards/coco" --split test \
     --visual-words "$words" --out "$out/predictions.png"
 
 echo

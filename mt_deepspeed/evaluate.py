@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mt_deepspeed.config import DatasetConfig, RunConfig
@@ -23,6 +24,7 @@ from mt_deepspeed.data.text import CaptionTokenizer
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.evaluate import evaluate_task, reduce_report
 from mt_deepspeed.engine.launch import Place
+from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import add_reports, to_device
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
 from mt_deepspeed.pretrained import Pretrained, load
@@ -69,7 +71,7 @@ def evaluate_pretrained(
     metrics = evaluate_task(pretrained.task, batches(), place, config.train.precision)
     if visual_words is not None and pretrained.task.has_mlm:
         classes = token_classes(visual_words, pretrained.tokenizer)
-        metrics |= _visual_figures(pretrained, batches(), classes, place)
+        metrics |= _visual_figures(pretrained, batches(), classes, place, config.train.precision)
     return dict(sorted(metrics.items()))
 
 
@@ -100,23 +102,28 @@ def token_classes(visual_words: Path, tokenizer: CaptionTokenizer) -> dict[int, 
 
 
 def _visual_figures(
-    pretrained: Pretrained, batches: Iterator[Batch], classes: dict[int, str], place: Place
+    pretrained: Pretrained, batches: Iterator[Batch], classes: dict[int, str], place: Place, precision: str
 ) -> dict[str, float]:
     mask_id = pretrained.tokenizer.mask_id
     total: dict[str, Tensor] = {}
-    asked: dict[str, Counter[int]] = {name: Counter() for name in classes.values()}
+    asked: Counter[int] = Counter()
     pretrained.task.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(precision, place.device):
         for batch in batches:
             if len(batch["text_ids"]) == 0:
                 continue
             _, chosen = mask_one_visual_word(batch["text_ids"], classes, mask_id, batch["sample_ids"])
-            for token in batch["text_ids"][chosen].tolist():
-                asked[classes[token]][token] += 1
+            asked.update(batch["text_ids"][chosen].tolist())
             on_device = to_device(batch, place.device)
             add_reports(total, visual_word_report(pretrained.task.fill_masks, on_device, classes, mask_id))
     metrics = reduce_report(total, place.device)
-    return {**metrics, "visual_chance": majority_share(asked)}
+    return {**metrics, "visual_chance": majority_share(_of_all_ranks(asked), classes)}
+
+
+def _of_all_ranks(counts: Counter[int]) -> Counter[int]:
+    found: list[Counter[int]] = [Counter() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, counts)
+    return sum(found, Counter())
 
 
 def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:

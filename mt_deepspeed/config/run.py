@@ -3,7 +3,7 @@
 `RunConfig` is what `--print-config` shows and what a run folder keeps as `config.yaml`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mt_deepspeed.config.model import ModelConfig
@@ -33,9 +33,11 @@ class DataConfig:
     """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`), or a hub name."""
     max_text_len: int = 50
     """Tokens, special tokens included; longer texts are cut."""
-    padding: Literal["longest", "max_length"] = "longest"
+    padding: Literal["auto", "longest", "max_length"] = "auto"
     """`longest`: pad to the longest text of the micro-batch, padding masked everywhere.
-    `max_length`: pad to `max_text_len`, as reference checkpoints need (their managers attend to padding)."""
+    `max_length`: pad to `max_text_len`, as published ManagerTower weights need (their managers attend to padding).
+    `auto`: `max_length`, with padding visible to the managers, for a run that starts from a published `.ckpt`
+    or has `model.mask_padding_in_managers` off; `longest` otherwise."""
     train_transform: str = "clip"
     eval_transform: str = "clip"
     num_workers: int = 2
@@ -132,3 +134,19 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        adaptive = self.model.link.kind in ("aaue", "aaue_own_query")
+        masked = self.model.mask_padding_in_managers
+        if self.data.padding == "auto":
+            published = (self.checkpoint.init_from or "").endswith(".ckpt")
+            masked = masked and not (published and adaptive)
+            padding: Literal["longest", "max_length"] = "longest" if masked else "max_length"
+            # The configuration that is printed and kept says what was chosen.
+            object.__setattr__(self, "data", replace(self.data, padding=padding))
+            object.__setattr__(self, "model", replace(self.model, mask_padding_in_managers=masked))
+        elif self.data.padding == "longest" and not masked and adaptive:
+            raise ValueError(
+                "data.padding=longest with model.mask_padding_in_managers=false: the managers would attend to "
+                "padding whose length changes from batch to batch; use data.padding=max_length, or mask it"
+            )

@@ -55,7 +55,8 @@ def visual_word_report(
 
     Returns:
         `visual_<condition>` over all words and `visual_<condition>/<class>`; the shuffled condition
-        counts only rows whose picture really changed.
+        pairs rows of the same batch
+        and counts those whose picture really changed.
     """
     text_ids, text_mask = batch["text_ids"], batch["text_mask"]
     pixels = batch["pixels"][: len(text_ids)]
@@ -84,13 +85,18 @@ def visual_word_report(
     return report
 
 
-def majority_share(targets_by_class: Mapping[str, Mapping[int, int]]) -> float:
-    """Accuracy of always answering the commonest word of the right class: the chance level of a text-only guess.
+def majority_share(asked: Mapping[int, int], class_of_token: Mapping[int, str]) -> float:
+    """Accuracy of always answering the commonest word of the right class: what guessing from text alone gives.
 
     Args:
-        targets_by_class: Class -> token id -> how often it was asked for.
+        asked: Token id -> how often it was asked for.
+        class_of_token: Token id -> class.
     """
-    total = sum(sum(counts.values()) for counts in targets_by_class.values())
+    total = sum(asked.values())
     if total == 0:
         return float("nan")
-    return sum(max(counts.values()) for counts in targets_by_class.values() if counts) / total
+    best: dict[str, int] = {}
+    for token, count in asked.items():
+        name = class_of_token[token]
+        best[name] = max(best.get(name, 0), count)
+    return sum(best.values()) / total

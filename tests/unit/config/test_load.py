@@ -87,3 +87,16 @@ def test_any_value_survives_yaml(steps: int, lr: float, noise: bool, folder: str
     )
     assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config
     assert to_dict(config)["optim"]["lr"] == lr
+
+
+def test_published_weights_choose_their_padding() -> None:
+    own = load_config("managertower-base")
+    assert (own.data.padding, own.model.mask_padding_in_managers) == ("longest", True)
+    published = load_config("managertower-base", [], ["checkpoint.init_from=ManagerTower_pt_base.ckpt"])
+    assert (published.data.padding, published.model.mask_padding_in_managers) == ("max_length", False)
+    bridge = load_config("bridgetower-base", [], ["checkpoint.init_from=BridgeTower_pt_base.ckpt"])
+    assert bridge.data.padding == "longest"
+    unmasked = load_config("managertower-base", [], ["model.mask_padding_in_managers=false"])
+    assert unmasked.data.padding == "max_length"
+    with pytest.raises(ValueError, match=r"data\.padding=longest"):
+        load_config("managertower-base", [], ["model.mask_padding_in_managers=false", "data.padding=longest"])

@@ -77,4 +77,4 @@ def test_rows_whose_picture_did_not_change_are_not_counted_as_shuffled() -> None
 
 
 def test_majority_share() -> None:
-    assert majority_share({"colour": {5: 3, 6: 1}, "shape": {7: 2}}) == 5 / 6
+    assert majority_share({5: 3, 6: 1, 7: 2}, CLASSES) == 5 / 6

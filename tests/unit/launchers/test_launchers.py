@@ -109,6 +109,24 @@ def test_failing_step_names_itself_and_the_remedy(clone: Clone) -> None:
     assert len(clone.pip_calls()) == 2, "a failed installation must not count as done"
 
 
+def test_a_step_of_several_commands_stops_at_the_first_that_fails(clone: Clone) -> None:
+    script = """set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+both() {
+    false
+    echo "went on"
+}
+step "two commands" "try again" both
+echo "after"
+"""
+    executable(clone.root / "launchers" / "two.sh", script)
+    result = clone.run("launchers/two.sh")
+    assert result.returncode != 0
+    assert "FAILED: two commands" in result.stderr
+    assert "went on" not in result.stdout
+    assert "after" not in result.stdout
+
+
 def test_old_python_is_refused(clone: Clone, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     executable(tools / "python3", "#!/bin/sh\nexit 1\n")
