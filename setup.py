@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 
 REQUIREMENTS = [
-    "deepspeed>=0.19",
+    "deepspeed>=0.19,<0.20",  # the engine reads where DeepSpeed keeps its states
     "matplotlib",
     "ninja",  # DeepSpeed compiles some operators when they are first used
     "numpy",
