@@ -55,7 +55,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def layer(*values: Any) -> Any:
             positional, named = values[: len(args)], values[len(args) :]
             with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                return forward(*positional, **dict(zip(names, named, strict=True)))
+                return _recompute_first(forward(*positional, **dict(zip(names, named, strict=True))))
 
         # DeepSpeed's CPU offload and partitioning empty the tensors they are given, although managers read
         # the same hidden states again, and every layer the same mask: it gets aliases.
@@ -68,6 +68,33 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return deepspeed.checkpointing.non_reentrant_checkpoint(layer, *values)
 
     return run
+
+
+class _RecomputeFirst(torch.autograd.Function):
+    """Identity that looks at a saved tensor in backward: the layer is recomputed there and then.
+
+    Otherwise the recomputation starts when the first submodule's backward asks for a saved tensor. Under
+    ZeRO-3 that submodule's weights have just been gathered, and its forward hook, run by the recomputation,
+    releases them again: its gradient then meets an empty parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        assert ctx.saved_tensors
+        return grad
+
+
+def _recompute_first(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _RecomputeFirst.apply(output)
+    if isinstance(output, (tuple, list)):
+        return type(output)(_recompute_first(value) for value in output)
+    return output
 
 
 def _device(values: tuple[Any, ...]) -> str:

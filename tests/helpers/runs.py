@@ -69,7 +69,7 @@ class Case:
                 eval_every_steps=0,
                 max_skipped_steps=3,
             ),
-            optim=OptimConfig(lr=2e-3, warmup=2, max_grad_norm=self.clip),
+            optim=OptimConfig(lr=8e-3, warmup=2, max_grad_norm=self.clip),
             checkpoint=CheckpointConfig(every_steps=4, best_metric=""),
         )
 

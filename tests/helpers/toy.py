@@ -33,12 +33,13 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.dense = nn.Linear(WIDTH, WIDTH)
         self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.out = nn.Linear(WIDTH, WIDTH)  # last, as in real layers: nothing after it saves a tensor
         self.dropout = dropout
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x if mask is None else x * mask
         y = F.gelu(self.dense(self.norm(x))) * self.scale
-        y = y if mask is None else y * mask
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + self.out(F.dropout(y, self.dropout, self.training))
 
 
 class Tower(nn.Module):
@@ -171,6 +172,10 @@ class ToyStream:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.closed = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"global_batch_size": self.global_batch, "seed": self.seed}
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         step = first_step
