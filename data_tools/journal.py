@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_tools.dropped import DroppedRow
 from data_tools.files import hash_file
 from data_tools.shard_format import ShardInfo
 
@@ -28,6 +29,7 @@ class Stretch:
         stop: One behind the last.
         shard: The file that holds those that were kept; None if none was.
         dropped: Reason -> number.
+        listed: Rows left out that the list of dropped rows names.
     """
 
     split: str
@@ -35,6 +37,7 @@ class Stretch:
     stop: int
     shard: ShardInfo | None
     dropped: Mapping[str, int]
+    listed: tuple[DroppedRow, ...] = ()
 
 
 class Journal:
@@ -75,7 +78,8 @@ class Journal:
         for line in lines[1:]:
             entry = json.loads(line)
             shard = ShardInfo(**entry["shard"]) if entry["shard"] is not None else None
-            self.stretches.append(Stretch(**{**entry, "shard": shard}))
+            listed = tuple(DroppedRow(**row) for row in entry["listed"])
+            self.stretches.append(Stretch(**{**entry, "shard": shard, "listed": listed}))
         self._keep_valid()
 
     def _keep_valid(self) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.dropped import DroppedRow, read_list, write_list
 from data_tools.files import publish, temporary_path
+from data_tools.lock import folder_lock
 from data_tools.shard_format import (
     MANIFEST_NAME,
     Manifest,
@@ -32,6 +34,7 @@ def merge(parts: Sequence[Path], out: Path) -> Manifest:
     Raises:
         MergeError: A part is missing, there twice, or of another conversion; `out` holds something else.
         ShardFormatError: A part is not finished or broken.
+        FolderInUse: Another run writes `out`.
     """
     manifests = [read_manifest(part) for part in parts]
     _check_parts(parts, manifests)
@@ -61,11 +64,14 @@ def merge(parts: Sequence[Path], out: Path) -> Manifest:
         dropped=dict(sorted(dropped.items())),
         sources=first.sources,
     )
-    _place(moves, merged, out)
+    listed = [row for part in parts for row in read_list(part)]
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        _place(moves, merged, listed, out)
     return merged
 
 
-def _place(moves: list[tuple[Path, Path]], merged: Manifest, out: Path) -> None:
+def _place(moves: list[tuple[Path, Path]], merged: Manifest, listed: list[DroppedRow], out: Path) -> None:
     if (out / MANIFEST_NAME).exists():
         if read_manifest(out) != merged:
             raise MergeError(f"{out}: holds another data set; remove it or choose another --out")
@@ -73,7 +79,6 @@ def _place(moves: list[tuple[Path, Path]], merged: Manifest, out: Path) -> None:
     foreign = {path.name for path in out.glob("*.arrow")} - {target.name for _, target in moves}
     if foreign:
         raise MergeError(f"{out}: holds {sorted(foreign)[0]}, which is no part of this; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     for source, target in moves:
         temporary = temporary_path(target)
         temporary.unlink(missing_ok=True)
@@ -82,6 +87,7 @@ def _place(moves: list[tuple[Path, Path]], merged: Manifest, out: Path) -> None:
         except OSError:  # another file system, or one without links
             shutil.copyfile(source, temporary)
         publish(target)
+    write_list(out, listed)
     write_manifest(out, merged)
 
 

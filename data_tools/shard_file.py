@@ -3,14 +3,14 @@
 import hashlib
 import io
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from data_tools.checking import Checked
+from data_tools.dropped import DroppedRow
 from data_tools.files import publish, temporary_path
-from data_tools.images import Picture
 from data_tools.journal import Stretch
 from data_tools.shard_format import (
     IMAGE_COLUMNS,
@@ -45,15 +45,6 @@ def open_shard(path: Path, task: str) -> Any:
     return reader
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What became of the pictures of a row: all of them, or the reason for refusing the row."""
-
-    pictures: tuple[Picture, ...]
-    reason: str = ""
-    detail: str = ""
-
-
 class OpenShard:
     """The shard being written; nothing is on disk before the first batch is full or the shard is closed."""
 
@@ -67,6 +58,7 @@ class OpenShard:
         self._writer: Any = None
         self._rows = self._texts = self._bytes = 0
         self._dropped: Counter[str] = Counter()
+        self._listed: list[DroppedRow] = []
 
     def takes(self, number: int, row: Row, checked: Checked) -> bool:
         """Whether the row belongs into this shard."""
@@ -94,6 +86,10 @@ class OpenShard:
             self._flush()
         return reasons
 
+    def note(self, row: DroppedRow) -> None:
+        """Puts a row that was left out on the list."""
+        self._listed.append(row)
+
     def _flush(self) -> None:
         if self._sink is None:
             self._sink = _HashedFile(temporary_path(self._path))
@@ -116,7 +112,8 @@ class OpenShard:
             publish(self._path)
             digest = self._sink.digest.hexdigest()
             shard = ShardInfo(self._path.name, self._rows, self._texts, self._sink.size, digest)
-        return Stretch(self._split, self._start, self._stop, shard, dict(sorted(self._dropped.items())))
+        dropped = dict(sorted(self._dropped.items()))
+        return Stretch(self._split, self._start, self._stop, shard, dropped, tuple(self._listed))
 
 
 def _size(row: Row, checked: Checked) -> int:

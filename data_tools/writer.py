@@ -6,24 +6,31 @@ file, made durable, renamed and noted in the journal; the manifest comes last. A
 keeps the finished shards.
 """
 
-import errno
-import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools import TOOL_VERSION, shard_file
-from data_tools.files import hash_file
-from data_tools.images import MAX_FILE_BYTES, ImageRefused, check_image
+from data_tools import shard_file
+from data_tools.checking import Checked, check_rows
+from data_tools.dropped import (
+    HARMLESS,
+    LIST_NAME,
+    MAX_LISTED,
+    DroppedRow,
+    is_counted,
+    left_out,
+    write_list,
+)
+from data_tools.job import ConversionError, Job, header_of
 from data_tools.journal import JOURNAL_NAME, Journal, Stretch
+from data_tools.lock import folder_lock
 from data_tools.merge import PART, STARTS
 from data_tools.pool import map_in_order
-from data_tools.shard_file import Checked, OpenShard
+from data_tools.shard_file import OpenShard
 from data_tools.shard_format import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     TEXT_COLUMNS,
     Manifest,
@@ -37,72 +44,51 @@ from data_tools.shard_format import (
 from data_tools.sources.base import ImageFile, Row
 
 _CHUNK = 32  # rows a task
-_ROOM = 1 << 20  # of a shard's size for what is not pictures or texts
+_JUDGED_FROM = 1000  # rows: a share of fewer says little, and the end is near
+_EXAMPLES = 3
 
-POLICIES = ("skip", "error")
 Report = Callable[[int, Counter[str], Counter[str]], None]
 """Told (source rows done, dropped so far, changed so far)."""
-
-
-class ConversionError(ValueError):
-    """A conversion that cannot go on."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to convert.
-
-    Attributes:
-        dataset: Name for the manifest.
-        task: Key of `SCHEMAS`.
-        rows: The source rows, all rows of a split together.
-        raw: Raw folder; source files are named relative to it.
-        annotations: Files the rows come from.
-        options: Options that change the shards, for the manifest.
-        policy: "skip": count pictures that are refused; "error": stop at the first.
-        part: (I, N): only every N-th stretch of `ROWS_PER_SHARD` source rows, from the I-th on.
-    """
-
-    dataset: str
-    task: str
-    rows: Iterable[Row]
-    raw: Path
-    annotations: tuple[Path, ...]
-    options: dict[str, Any]
-    policy: str = "skip"
-    part: tuple[int, int] = (1, 1)
 
 
 def convert(job: Job, out: Path, workers: int = 1, report: Report | None = None) -> Manifest:
     """Writes the data set folder `out`; see the module docstring.
 
     Raises:
-        ConversionError: `out` holds something else, a source changed meanwhile, or policy "error" met a
-            refused picture.
+        ConversionError: `out` holds something else, a source changed meanwhile, policy "error" met a refused
+            picture, or more than the budget was refused.
         AnnotationError: From the source.
+        FolderInUse: Another run writes `out`.
     """
-    if job.policy not in POLICIES:
-        raise ConversionError(f"policy {job.policy!r}: expected one of {POLICIES}")
+    job.check()
     states = [_state(path) for path in job.annotations]
-    header: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "dataset": job.dataset,
-        "task": job.task,
-        "tool_version": TOOL_VERSION,
-        "options": job.options if job.part == (1, 1) else {**job.options, PART: "{}/{}".format(*job.part)},
-        "sources": [_source_info(job.raw, path).__dict__ for path in job.annotations],
-    }
+    header = header_of(job)
     if (out / MANIFEST_NAME).exists():
-        return _finished(out, header)
+        return _finished(job, out, header)
     if not (out / JOURNAL_NAME).exists() and any(out.glob("*.arrow")):
         raise ConversionError(f"{out}: holds shards of something else; remove them or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        if (out / MANIFEST_NAME).exists():  # another run has just finished it
+            return _finished(job, out, header)
+        return _convert(job, out, header, states, workers, report)
+
+
+def _convert(
+    job: Job,
+    out: Path,
+    header: dict[str, Any],
+    states: list[tuple[int, int]],
+    workers: int,
+    report: Report | None,
+) -> Manifest:
     journal = Journal(out, header)
     try:
         _write_shards(job, out, journal, workers, report)
         for path, state in zip(job.annotations, states, strict=True):
             if _state(path) != state:
                 raise ConversionError(f"{path}: changed while it was read; remove {out} and convert again")
+        write_list(out, (row for stretch in journal.stretches for row in stretch.listed))
         manifest = _manifest(header, journal.stretches)
         write_manifest(out, manifest)
     except BaseException:
@@ -117,12 +103,7 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _source_info(raw: Path, path: Path) -> SourceInfo:
-    name = path.relative_to(raw).as_posix() if path.is_relative_to(raw) else path.name
-    return SourceInfo(name, path.stat().st_size, hash_file(path))
-
-
-def _finished(out: Path, header: dict[str, Any]) -> Manifest:
+def _finished(job: Job, out: Path, header: dict[str, Any]) -> Manifest:
     """The manifest of a conversion that has been finished before, if it is the same one."""
     manifest = read_manifest(out)
     found = {key: getattr(manifest, key) for key in header}
@@ -134,6 +115,10 @@ def _finished(out: Path, header: dict[str, Any]) -> Manifest:
             f"{out}: holds a finished data set that differs in {', '.join(keys)}; "
             "remove it or choose another --out"
         )
+    rows = sum(split.rows for split in manifest.splits.values())
+    excess = job.limit.excess(rows + left_out(manifest.dropped), manifest.dropped)
+    if excess:
+        raise ConversionError(f"{out}: holds a finished data set: {excess}; see {out / LIST_NAME}")
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     return manifest
 
@@ -161,30 +146,71 @@ def _manifest(header: dict[str, Any], stretches: list[Stretch]) -> Manifest:
 # The conversion itself.
 
 
+class _Tally:
+    """Counts over all rows of a conversion, those of earlier runs too."""
+
+    def __init__(self, job: Job, journal: Journal) -> None:
+        self._job = job
+        self.dropped: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+        self._listed: Counter[tuple[str, str]] = Counter()
+        self._examples: list[str] = []
+        for stretch in journal.stretches:
+            self.dropped.update(stretch.dropped)
+            for entry in stretch.listed:
+                self._list(entry)
+        self.done = sum(stretch.stop - stretch.start for stretch in journal.stretches)
+
+    def _list(self, entry: DroppedRow) -> None:
+        self._listed[entry.split, entry.reason] += 1
+        if is_counted(entry.reason) and len(self._examples) < _EXAMPLES:
+            self._examples.append(f"image {entry.id!r}: {entry.reason}: {entry.detail}")
+
+    def add(self, open_shard: OpenShard, number: int, row: Row, checked: Checked) -> None:
+        """Puts a row into the shard, or counts and lists it there."""
+        self.done += 1
+        self.dropped.update(open_shard.add(row, checked))
+        self.changed.update(picture.change for picture in checked.pictures if picture.change)
+        if not checked.reason:
+            return
+        if self._listed[row.split, checked.reason] < MAX_LISTED:
+            detail = checked.detail or row.where
+            entry = DroppedRow.of(row.split, number, row.image_id, checked.reason, detail, self._job.raw)
+            self._list(entry)
+            open_shard.note(entry)
+        if self.done >= _JUDGED_FROM:
+            self.check_budget()
+
+    def check_budget(self) -> None:
+        """Raises `ConversionError` if more was dropped than may be."""
+        excess = self._job.limit.excess(self.done, self.dropped)
+        if excess:
+            examples = "; ".join(self._examples)
+            raise ConversionError(
+                f"{excess}. {examples}. The same command with a larger share goes on from here"
+            )
+
+
 def _write_shards(job: Job, out: Path, journal: Journal, workers: int, report: Report | None) -> None:
     """Appends all stretches that the journal does not have."""
-    dropped: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    for stretch in journal.stretches:
-        dropped.update(stretch.dropped)
-    done = sum(journal.done(split) for split in {stretch.split for stretch in journal.stretches})
+    tally = _Tally(job, journal)
+    if job.policy == "error":  # what an earlier run passed over
+        tally.check_budget()
     open_shard: OpenShard | None = None
     for number, row, checked in _checked_rows(job, journal, workers):
-        if checked.reason and job.policy == "error":
+        if checked.reason and checked.reason not in HARMLESS and job.policy == "error":
             raise ConversionError(f"{row.where}: image {row.image_id!r}: {checked.reason}: {checked.detail}")
         if open_shard is not None and not open_shard.takes(number, row, checked):
             journal.add(open_shard.close())
             open_shard = None
         if open_shard is None:
             open_shard = OpenShard(out, job.task, row.split, journal.num_shards(row.split), number)
-        reasons = open_shard.add(row, checked)
-        dropped.update(reasons)
-        changed.update(picture.change for picture in checked.pictures if picture.change)
-        done += 1
+        tally.add(open_shard, number, row, checked)
         if report is not None:
-            report(done, dropped, changed)
+            report(tally.done, tally.dropped, tally.changed)
     if open_shard is not None:
         journal.add(open_shard.close())
+    tally.check_budget()
 
 
 def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[int, Row, Checked]]:
@@ -198,7 +224,8 @@ def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[in
             column = TEXT_COLUMNS[job.task]
             yield [row.images if row.columns[column] and not row.refused else None for _, row in chunk]
 
-    for results in map_in_order(_check_rows, tasks(), workers):
+    check = partial(check_rows, resize=job.resize)
+    for results in map_in_order(check, tasks(), workers):
         for (number, row), checked in zip(under_way.popleft(), results, strict=True):
             yield number, row, Checked((), row.refused) if row.refused else checked
 
@@ -217,37 +244,3 @@ def _numbered(rows: Iterable[Row], journal: Journal, part: tuple[int, int]) -> I
         if number >= done and number // shard_file.ROWS_PER_SHARD % part[1] == part[0] - 1:
             yield number, row
         number += 1
-
-
-def _check_rows(chunk: list[tuple[ImageFile, ...] | None]) -> list[Checked]:
-    """Runs in a worker: reads and checks the pictures of rows; None stands for a row that is left out."""
-    return [Checked((), "no_text") if images is None else _check_row(images) for images in chunk]
-
-
-def _check_row(images: tuple[ImageFile, ...]) -> Checked:
-    try:
-        return Checked(tuple(check_image(_read(image)) for image in images))
-    except ImageRefused as refused:
-        return Checked((), refused.reason, refused.detail)
-
-
-def _read(image: ImageFile) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    for path in image:
-        try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise ImageRefused("unreadable_file", f"{path}: not a file")
-            if found.st_size > MAX_FILE_BYTES:
-                raise ImageRefused("file_too_large", str(path))
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # no file can have such a name
-                continue
-            if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP):
-                raise ImageRefused("unreadable_file", f"{path}: {error.strerror}") from error
-            raise  # a fault of the machine, not of the file
-    raise ImageRefused("missing_file", str(image[0]) if image else "no file name")

@@ -64,10 +64,11 @@ class Source:
     """How a data set is read.
 
     Attributes:
-        task: Task of its rows, a key of `shard_format.SCHEMAS`.
+        task: Task of its rows, a key of `shard_format.SCHEMAS`; empty if it depends on the files.
         find: raw folder -> its annotation files; raises `AnnotationError` if they are not there.
         rows: Yields the rows of a request.
         answers: The answer vocabulary that the annotation files of a request give; None: the task has none.
+        task_of: The task of the files of a request, where it depends on them.
         published: Annotation file -> split -> (images, texts) as usually counted, for `stats`.
     """
 
@@ -76,6 +77,7 @@ class Source:
     rows: Callable[[Request], Iterator[Row]]
     published: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     answers: Callable[[Request], list[str]] | None = None
+    task_of: Callable[[Request], str] | None = None
 
 
 def first_existing(raw: Path, names: Sequence[str], what: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_tools.files import write_atomically
+from data_tools.lock import folder_lock
 from data_tools.pool import map_in_order
 from data_tools.synthetic.draw import Draw
 from data_tools.synthetic.layout import HELD_OUT, Record
@@ -46,7 +47,8 @@ def write_worlds(
     world is extended.
 
     Raises:
-        ValueError: Unknown layout, impossible number, or a folder that holds another world.
+        ValueError: Unknown layout, impossible number, or a folder that holds another world or is being
+            written by another run.
     """
     for layout in layouts:
         if layout not in LAYOUTS:
@@ -61,10 +63,12 @@ def write_worlds(
     words = json.dumps(visual_words(), indent=1) + "\n"
     write_atomically(out / "visual_words.json", words.encode("utf-8"))
     for layout in missing:
-        (out / layout / _DONE_NAME).unlink(missing_ok=True)
-        _write_world(out / layout, layout, num_images, seed, image_size, workers, report)
-        done = json.dumps({**wanted, "layout": layout, "num_images": num_images}, indent=1) + "\n"
-        write_atomically(out / layout / _DONE_NAME, done.encode("utf-8"))
+        (out / layout).mkdir(exist_ok=True)
+        with folder_lock(out / layout):
+            (out / layout / _DONE_NAME).unlink(missing_ok=True)
+            _write_world(out / layout, layout, num_images, seed, image_size, workers, report)
+            done = json.dumps({**wanted, "layout": layout, "num_images": num_images}, indent=1) + "\n"
+            write_atomically(out / layout / _DONE_NAME, done.encode("utf-8"))
 
 
 def _is_complete(folder: Path, num_images: int, wanted: dict[str, int]) -> bool:

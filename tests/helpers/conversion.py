@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,11 +30,11 @@ def make_rows(sizes: Sequence[tuple[str, int]], bad: int = 7, seed: int = 0) -> 
     return found
 
 
-def job(rows: Sequence[Row] | Iterator[Row], folder: Path, policy: str = "skip") -> Job:
+def job(rows: Sequence[Row] | Iterator[Row], folder: Path, policy: str = "skip", **more: Any) -> Job:
     note = folder / "annotations.txt"
     if not note.exists():
         note.write_text("x", "utf-8")
-    return Job("test", "caption", rows, folder, (note,), {}, policy)
+    return Job("test", "caption", rows, folder, (note,), {}, policy, **more)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -50,7 +50,12 @@ def test_shards_hold_the_rows(tmp_path: Path) -> None:
     assert (shard.rows, shard.texts) == (len(kept), sum(len(row.columns["captions"]) for row in kept))
     data = (tmp_path / "out" / shard.file).read_bytes()
     assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert sorted(tree(tmp_path / "out")) == ["manifest.json", "train-00000.arrow", "val-00000.arrow"]
+    assert sorted(tree(tmp_path / "out")) == [
+        "dropped.jsonl",
+        "manifest.json",
+        "train-00000.arrow",
+        "val-00000.arrow",
+    ]
 
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +219,7 @@ def test_unreadable_files_are_counted(tmp_path: Path) -> None:
 
 
 def test_folders_and_large_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.writer.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("data_tools.checking.MAX_FILE_BYTES", 1000)
     (tmp_path / "large.png").write_bytes(b"x" * 1001)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     files = [tmp_path, tmp_path / "large.png", tmp_path / "large.png" / "below"]
