@@ -95,7 +95,7 @@ build_tokenizer() {
 
 pretrain() {
     local port length=()
-    if [ "$long" = true ]; then length=(train.max_steps=4000); fi
+    if [ "$long" = true ]; then length=(train.max_steps=2400); fi
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     "$PYTHON" -m "$LAUNCHER_MODULE" --num_gpus "$processes" --master_port "$port" \
         --module mt_deepspeed.train --preset quickstart \

@@ -8,7 +8,9 @@ python -m mt_deepspeed.train ...             # one process
 
 import argparse
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from mt_deepspeed.config import RunConfig, load_config, preset_names, to_yaml
 
@@ -27,10 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: RunConfig, deepspeed_config: Path) -> None:
-    """Trains on the ranks the environment describes; a wrong setting ends all of them with one message."""
+    """Trains on the ranks the environment describes; what is wrong at the start ends all of them with one message."""
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
     from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
     from mt_deepspeed.engine import launch
+    from mt_deepspeed.engine.agreement import RanksFailedError, together
     from mt_deepspeed.engine.context import building
     from mt_deepspeed.engine.ds_config import load_ds_config
     from mt_deepspeed.engine.layer_norms import fuse_layer_norms
@@ -39,18 +42,23 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     from mt_deepspeed.tasks import build_task
 
     place = launch.init()
-    try:
+
+    def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream]:
         ds_config = load_ds_config(deepspeed_config)
         context = building(config, ds_config, place)
-        stream = PretrainStream(config, place.rank, place.world_size)
+        return ds_config, context, PretrainStream(config, place.rank, place.world_size)
+
+    try:
+        ds_config, context, stream = together(prepare, "preparing the run")
         with context:
             task = build_task(config)
-        load_starting_weights(task, config)
         fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
-        train(config, ds_config, task, stream, batches, place)
+        train(config, ds_config, task, stream, batches, place, lambda: load_starting_weights(task, config))
+    except RanksFailedError as error:
+        sys.exit(f"error: {error}" if place.rank == 0 else 1)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error (rank {place.rank}): {error}")
     finally:
         launch.shutdown()
 

@@ -9,6 +9,7 @@ resume is to start at another step, with any number of ranks and workers.
 
 import itertools
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,15 @@ class PretrainStream:
     def num_pairs(self) -> int:
         """(image, caption) pairs in the training data: one epoch, without weights."""
         return self._corpus.num_pairs
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the sample order follows from: a run continues only on a stream of the same identity."""
+        return {
+            "data": self._corpus.digest,
+            "weights": self._corpus.weights,
+            "seed": self._config.train.seed,
+        }
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """Yields this rank's micro-batches, one per accumulation step, of every step from `first_step` on.

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mt_deepspeed.engine import durable, store
+from mt_deepspeed.engine.agreement import RanksFailedError, together
 from mt_deepspeed.engine.build import Session
 from mt_deepspeed.engine.protocols import Task, as_module
 from mt_deepspeed.engine.slice_files import SliceFiles, slice_key
@@ -24,6 +25,8 @@ from mt_deepspeed.engine.slices import MOMENTS, adam_moments, full_weight, set_a
 from mt_deepspeed.engine.store import CheckpointError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,7 +73,9 @@ def write_snapshot(snapshot: Snapshot, root: Path) -> Path:
     temporary = root / f".writing-{final.name}"
     _together(lambda: _prepare(root, temporary, snapshot) if rank == 0 else None, "preparing a checkpoint")
     _check_space(root, snapshot)
-    entries = _together(lambda: _write_files(temporary, snapshot), f"writing checkpoint {final.name}")
+    written = _together(lambda: _write_files(temporary, snapshot), f"writing checkpoint {final.name}")
+    entries: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(entries, written)
     _together(
         lambda: _finish(temporary, final, snapshot, entries) if rank == 0 else None,
         f"publishing {final.name}",
@@ -175,7 +180,10 @@ def _check_space(root: Path, snapshot: Snapshot) -> None:
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, snapshot.num_bytes())
     needed = int(sum(sizes) * 1.02) + (1 << 20)
-    free: list[Any] = [shutil.disk_usage(root).free if dist.get_rank() == 0 else None]
+    lead = dist.get_rank() == 0
+    free: list[Any] = [
+        _together(lambda: shutil.disk_usage(root).free if lead else None, "asking for free space")
+    ]
     dist.broadcast_object_list(free, src=0)
     if free[0] < needed:
         raise CheckpointError(
@@ -199,19 +207,11 @@ def _finish(
     store.publish(temporary, final)
 
 
-def _together(work: Callable[[], Any], what: str) -> list[Any]:
-    """Runs `work` on every rank; all get all results, or all raise when one failed, instead of hanging."""
-    error, result = None, None
+def _together(work: Callable[[], T], what: str) -> T:
     try:
-        result = work()
-    except (OSError, RuntimeError, ValueError) as caught:
-        error = f"rank {dist.get_rank()} on {platform.node()}: {type(caught).__name__}: {caught}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (error, result))
-    failures = [outcome[0] for outcome in outcomes if outcome[0] is not None]
-    if failures:
-        raise CheckpointError(f"{what} failed: {'; '.join(failures)}. Older checkpoints are intact")
-    return [outcome[1] for outcome in outcomes]
+        return together(work, what)
+    except RanksFailedError as error:
+        raise CheckpointError(f"{error}. Older checkpoints are intact") from error
 
 
 def _frozen(module: nn.Module) -> dict[str, Tensor]:

@@ -43,23 +43,34 @@ def train(
     stream: SampleStream,
     eval_batches: EvalBatches | None,
     place: Place,
+    initialise: Callable[[], object] | None = None,
 ) -> TrainResult:
     """Trains until `train.max_steps`, or continues the run in `run_dir`; call on all ranks after `launch.init`.
 
     Args:
         ds_config: As `ds_config.load_ds_config` returns it.
-        task: Built, with its starting weights, on the CPU or the device.
+        task: Built, on the CPU or the device.
         stream: This rank's samples; closed at the end.
         eval_batches: Makes this rank's finite evaluation batches; None: no evaluation.
+        initialise: Fills `task` with its starting weights; not called when a checkpoint is continued.
     """
-    resume = Resume.find(config)
+    identity = {**stream.identity, "global_batch_size": config.train.global_batch_size}
+    resume = Resume.find(config, identity)
     if resume:
         resume.prepare(task, config)
+    elif initialise is not None:
+        initialise()
     session = build(config, ds_config, task, place)
     policy = NonFinitePolicy(config.train.max_skipped_steps, Path(config.run_dir))
     progress = resume.restore(session, policy) if resume else Progress()
     _describe_run(session)
-    run = _Run(session, eval_batches, _monitor(session, progress.step), policy, Saver(session, policy))
+    run = _Run(
+        session,
+        eval_batches,
+        _monitor(session, progress.step),
+        policy,
+        Saver(session, policy, identity),
+    )
     try:
         run.train(stream, progress)
     finally:

@@ -101,7 +101,7 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter
 
             run_dir.mkdir(parents=True, exist_ok=True)
-            purge = first_step if first_step else None
+            purge = first_step + 1 if first_step else None
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self.latest: dict[str, float] = {}
         self._restart()

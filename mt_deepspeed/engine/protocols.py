@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,6 +16,11 @@ Report: TypeAlias = dict[str, Tensor]
 
 class SampleStream(Protocol):
     """This rank's endless share of the global sample stream."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the sample order follows from, fit for JSON: a checkpoint continues only on an equal one."""
+        ...
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """Yields, for optimizer step `first_step` and all later ones, the rank's accumulation micro-batches."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,6 @@ from mt_deepspeed.engine.checkpoint import (
     versions,
     write_snapshot,
 )
-from mt_deepspeed.engine.ds_config import DsConfigError
 from mt_deepspeed.engine.nonfinite import NonFinitePolicy
 from mt_deepspeed.engine.protocols import Task
 from mt_deepspeed.engine.store import CheckpointError
@@ -53,12 +54,15 @@ class Resume:
     state: dict[str, Any]
 
     @classmethod
-    def find(cls, config: RunConfig) -> Resume | None:
+    def find(cls, config: RunConfig, identity: dict[str, Any]) -> Resume | None:
         """The checkpoint to continue, by `checkpoint.resume`; None: start anew. Call on all ranks.
 
+        Args:
+            config: The run.
+            identity: Global batch size and `SampleStream.identity` of the stream that would go on.
+
         Raises:
-            CheckpointError: `must` without a valid checkpoint.
-            DsConfigError: The global batch size changed: the sample stream would not continue.
+            CheckpointError: `must` without a valid checkpoint, or the checkpoint stands in another sample stream.
         """
         root = checkpoint_root(config.run_dir)
         mode = config.checkpoint.resume
@@ -74,11 +78,12 @@ class Resume:
                 )
             return None
         state = store.read_state(folder)
-        if state["global_batch_size"] != config.train.global_batch_size:
-            raise DsConfigError(
-                f"train.global_batch_size is {config.train.global_batch_size}, but {folder} was trained with "
-                f"{state['global_batch_size']}: the sample stream would not continue. Restore it (rank count, "
-                "micro-batch size and accumulation may change), or start anew with another run_dir"
+        changed = differences(state["stream"], json.loads(json.dumps(identity)))
+        if changed:
+            raise CheckpointError(
+                f"{folder} stands in another sample stream, which would not continue: {'; '.join(changed)}. Restore "
+                "it (rank count, micro-batch size and accumulation may change), or start another run_dir from these "
+                "weights with checkpoint.init_from"
             )
         return cls(folder, state)
 
@@ -114,8 +119,9 @@ class Resume:
 class Saver:
     """Saves by step, by minute, at the end, and when evaluation was best."""
 
-    def __init__(self, session: Session, policy: NonFinitePolicy) -> None:
+    def __init__(self, session: Session, policy: NonFinitePolicy, identity: dict[str, Any]) -> None:
         self.session = session
+        self.identity = identity
         self.policy = policy
         self.config: CheckpointConfig = session.config.checkpoint
         self.root = checkpoint_root(session.config.run_dir)
@@ -151,6 +157,8 @@ class Saver:
             raise CheckpointError(
                 f"checkpoint.best_metric={name}: the evaluation reports {', '.join(sorted(metrics))}"
             )
+        if not math.isfinite(metrics[name]):
+            return False
         known = self.best is not None and self.best["metric"] == name
         return not known or metrics[name] > self.best["value"]  # type: ignore[index]
 
@@ -164,6 +172,7 @@ class Saver:
         if self.saved_step != progress.step:
             state = base_state(self.session, progress.step, progress.adam_steps)
             state["nonfinite"] = self.policy.state()
+            state["stream"] = self.identity
             state["config"] = to_dict(self.session.config)
             folder = write_snapshot(take_snapshot(self.session, state), self.root)
             self.saved_step = progress.step
@@ -178,7 +187,14 @@ class Saver:
                 store.write_best(
                     self.root, progress.step, self.config.best_metric, best[self.config.best_metric]
                 )
+            self._retain()
+
+    def _retain(self) -> None:
+        """Deletes what need not stay; a file system that refuses must not end a run that has just saved."""
+        try:
             store.retain(self.root, self.config.keep_last)
+        except OSError as error:
+            log.warning("old checkpoints could not be deleted, trying again after the next save: %s", error)
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -55,7 +55,7 @@ class Stepper:
         task: The task inside it.
         ownership: Where DeepSpeed keeps this rank's gradients.
         guard: Guard of the Adam instance that DeepSpeed drives.
-        seed: Run seed; dropout and noise derive from (seed, step, micro-batch, rank).
+        seed: Run seed; dropout and noise derive from (seed, step, micro-batch of the step).
     """
 
     def __init__(
@@ -94,7 +94,8 @@ class Stepper:
         report: Report = {}
         values: list[Tensor] = []
         for micro, batch in enumerate(batches):
-            torch.manual_seed(derive_seed(self.seed, step, micro, self.ownership.rank))
+            number = micro * self.ownership.world_size + self.ownership.rank
+            torch.manual_seed(derive_seed(self.seed, step, number))
             losses, found = self._forward(to_device(batch, self.device))
             add_reports(report, found)
             values.append(losses.detach())
@@ -201,7 +202,10 @@ def norm_is_finite(norm: float) -> bool:
     return norm - norm == 0.0
 
 
-def derive_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of dropout and noise for one micro-batch: differs per rank, needs no stored state to resume."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+def derive_seed(seed: int, step: int, number: int) -> int:
+    """Seed of dropout and noise for micro-batch `number` of a step, counted over accumulation and ranks.
+
+    The same micro-batch gets the same seed at any number of ranks, and resuming needs no stored state.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") % (2**63 - 1)

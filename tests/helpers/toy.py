@@ -175,7 +175,7 @@ class ToyStream:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"global_batch_size": self.global_batch, "seed": self.seed}
+        return {"seed": self.seed}
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         step = first_step

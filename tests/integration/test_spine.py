@@ -200,6 +200,10 @@ def test_kill_and_resume_equals_an_undisturbed_run(shards: Path) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
+    other = python(*train_command(shards, whole, "train.seed=1", "train.max_steps=12"), check=False)
+    assert other.returncode != 0
+    assert "another sample stream" in other.stderr
+    assert "seed: 0 -> 1" in other.stderr
     steps = {record["step"]: record for record in show.read_metrics(whole) if "train/grad_norm" in record}
     resumed = {record["step"]: record for record in show.read_metrics(cut) if "train/grad_norm" in record}
     assert steps[8]["train/grad_norm"] == resumed[8]["train/grad_norm"]

@@ -215,8 +215,8 @@ def refusals(place: Place, run_dir: Path) -> dict[str, list[str]]:
 
 def test_what_a_resume_refuses_and_says(tmp_path: Path) -> None:
     found = run_ranks(1, refusals, tmp_path)[0]
-    assert "train.global_batch_size is 16" in found["batch"][-1]
-    assert "trained with 8" in found["batch"][-1]
+    assert "another sample stream" in found["batch"][-1]
+    assert "global_batch_size: 8 -> 16" in found["batch"][-1]
     assert "checkpoint of another model" in found["model"][-1]
     assert "image.layers.1" in found["model"][-1]
     assert any("optim.max_grad_norm: 0.0 -> 0.5" in message for message in found["difference"])
