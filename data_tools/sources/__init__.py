@@ -8,6 +8,7 @@ from data_tools.sources import (
     img2dataset,
     nlvr2,
     pairs,
+    reference_arrow,
     sbu,
     snli_ve,
     table,
@@ -32,6 +33,7 @@ SOURCES: dict[str, Source] = {
     "snli_ve": snli_ve.SOURCE,
     "img2dataset": img2dataset.SOURCE,
     "pairs": pairs.SOURCE,
+    "reference-arrow": reference_arrow.SOURCE,
     "table": table.SOURCE,
     "webdataset": webdataset.SOURCE,
 }
