@@ -1,4 +1,4 @@
-"""Command line: `python -m data_tools synth | convert | merge | verify | stats | peek`."""
+"""Command line: `python -m data_tools synth | fetch | convert | merge | verify | stats | peek`."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from data_tools import cli_convert
+from data_tools import cli_convert, cli_fetch
 from data_tools.cli_convert import print_splits
 from data_tools.pool import available_cores
 from data_tools.progress import Progress
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_synth(commands.add_parser("synth", help="write a procedural world in the raw layout of data sets"))
+    cli_fetch.add_arguments(commands.add_parser("fetch", help="download the pictures of a table of links"))
     cli_convert.add_arguments(commands.add_parser("convert", help="turn raw data into shards"))
     merge = commands.add_parser("merge", help="put the parts of a conversion together")
     merge.add_argument("parts", type=Path, nargs="+", help="folders written with `convert --part I/N`")
