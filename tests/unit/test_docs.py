@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.fetch.request import REASONS as FETCH_REASONS
 from data_tools.images import REASONS
 from data_tools.sources import SOURCES
 from mt_deepspeed.config import RunConfig, preset_names
@@ -91,7 +92,8 @@ def test_training_page_lists_presets_and_deepspeed_files() -> None:
 
 def test_data_page_lists_sources_and_reasons() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    assert not [name for name in [*SOURCES, *REASONS] if f"| `{name}` |" not in text]
+    names = [*SOURCES, *REASONS, *FETCH_REASONS]
+    assert not [name for name in names if f"| `{name}` |" not in text]
 
 
 def source_texts() -> list[str]:
