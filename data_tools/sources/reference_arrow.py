@@ -46,7 +46,9 @@ def find(raw: Path) -> list[Path]:
     """All files directly in the folder, which must be of one data set and without gaps."""
     found = sorted(raw.glob("*.arrow"), key=_place)
     if not found:
-        raise AnnotationError(f"{raw}: no .arrow files")
+        raise AnnotationError(
+            f"{raw}: no .arrow files; expected coco_caption_karpathy_train.arrow or the like"
+        )
     names = sorted({_place(path)[0] for path in found})
     if len(names) > 1:
         raise AnnotationError(
@@ -262,4 +264,20 @@ def _list(record: Record, key: str, kind: type | tuple[type, ...], where: str) -
     return value
 
 
-SOURCE = Source("", find, rows, answers=answers, task_of=task)
+_PUBLISHED = {
+    "coco_caption_karpathy_train": ("train", 82_783, 414_113),
+    "coco_caption_karpathy_restval": ("restval", 30_504, 152_634),
+    "coco_caption_karpathy_val": ("val", 5_000, 25_010),
+    "coco_caption_karpathy_test": ("test", 5_000, 25_010),
+    "vqav2_train_fix": ("train", 82_774, 435_174),
+    "vqav2_val_fix": ("val", 40_503, 210_207),
+}
+
+SOURCE = Source(
+    task="",
+    find=find,
+    rows=rows,
+    published={f"{name}.arrow": {split: (n, k)} for name, (split, n, k) in _PUBLISHED.items()},
+    answers=answers,
+    task_of=task,
+)
