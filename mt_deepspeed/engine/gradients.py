@@ -38,15 +38,20 @@ class StepGuard:
         # An attribute of the instance: DeepSpeed checks the class.
         optimizer.step = step  # type: ignore[method-assign]
 
-    def apply(self, engine: Any, skip: bool) -> None:
+    def apply(self, engine: Any, skip: bool, deepspeed_decides: bool = False) -> None:
         """Runs `engine.step()`.
+
+        Args:
+            engine: DeepSpeed engine.
+            skip: Leave weights and moments as they are.
+            deepspeed_decides: Gradients are out of reach: DeepSpeed may skip by its own norm.
 
         Raises:
             EngineError: DeepSpeed left the optimizer out although the gradients were sound.
         """
         self.blocked, self.calls = skip, 0
         engine.step()
-        if not skip and self.calls == 0:
+        if not skip and self.calls == 0 and not deepspeed_decides:
             raise EngineError(
                 "DeepSpeed skipped an optimizer step although loss and gradients were finite: no weight moved. "
                 "Check the DeepSpeed configuration against mt_deepspeed's ds_configs"

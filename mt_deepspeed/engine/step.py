@@ -157,11 +157,13 @@ class Stepper:
             for parameter in self.ownership.names:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale.value)
-        self.guard.apply(self.engine, skip)
-        if self.ownership.swaps:  # gradients are on NVMe: DeepSpeed's own norm, known only now
+        self.guard.apply(self.engine, skip, deepspeed_decides=self.ownership.swaps)
+        if self.ownership.swaps:  # gradients are on NVMe: DeepSpeed took their norm, and skips by it
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            skip = skip or not norm_is_finite(norm)
-        self.loss_scale.update(overflow=skip and bad_gradient and not bad_loss)
+            if not skip and not norm_is_finite(norm):
+                skip, fault = True, self._fault(batches, values, bad_loss)
+        if not bad_loss:
+            self.loss_scale.update(overflow)
         return StepResult(
             report=report,
             num_samples=sum(len(batch["sample_ids"]) for batch in batches),
