@@ -116,3 +116,45 @@ def test_run_stops_after_some_in_a_row(tmp_path: Path) -> None:
     lines = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert '"sample_ids": [8, 9, 10, 11]' in lines[0]
+
+
+def fp16_overflow(place: Place, stage: int) -> dict[str, Any]:
+    """Starts with a far too high loss scale. (The check that refuses fp16 on CPUs is taken out: slow, but it works.)"""
+    import mt_deepspeed.engine.build as building
+
+    building.check_precision = lambda *args: None
+    case = Case(stage, 2, precision="fp16", clip=0.5)
+    session = build(case.run_config(), case.ds_config(), make_task(), place)
+    session.loss_scale.value = 2.0**22
+    stream = ToyStream(GLOBAL_BATCH, case.micro, place.rank, place.world_size).steps(0)
+    results = [session.stepper.step(step, next(stream), {}) for step in range(12)]
+    found = {
+        "overflows": [result.overflow for result in results],
+        "applied": [result.applied for result in results],
+        "faults": [result.fault for result in results if result.fault],
+        "norms": [result.grad_norm for result in results if result.applied],
+        "scale": session.loss_scale.value,
+        "adam_steps": max(float(state["step"]) for state in session.optimizer.state.values()),
+    }
+    session.engine.destroy()
+    return found
+
+
+def fp16_overflows(place: Place) -> list[dict[str, Any]]:
+    return [fp16_overflow(place, stage) for stage in range(4)]
+
+
+def test_fp16_overflow_lowers_the_scale_and_is_no_fault() -> None:
+    found = run_ranks(2, fp16_overflows)
+    first = found[0][0]
+    overflows = sum(first["overflows"])
+    assert 2 <= overflows < 10
+    assert first["scale"] == 2.0 ** (22 - overflows)
+    for rank in found:
+        for stage in rank:
+            assert stage["overflows"] == first["overflows"]
+            assert stage["applied"] == [not overflow for overflow in stage["overflows"]]
+            assert stage["adam_steps"] == 12 - overflows
+            assert not stage["faults"]
+            assert stage["norms"] == pytest.approx(first["norms"], rel=1e-2)  # unscaled, in fp16
+            assert all(norm < 100 for norm in stage["norms"])
