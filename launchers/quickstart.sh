@@ -103,7 +103,7 @@ pretrain() {
         --set data.root="$out/shards" run_dir="$run" train.seed="$seed" \
         train.global_batch_size=128 train.micro_batch_size=$((128 / processes)) \
         ${length[@]+"${length[@]}"} ${settings[@]+"${settings[@]}"} 2>&1 |
-        grep --line-buffered -v 'launch.py\|runner.py'
+        grep --line-buffered -v '\[launch\.py:\|\[runner\.py:'
 }
 
 evaluate() {

@@ -32,21 +32,32 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     """Trains on the ranks the environment describes; what is wrong at the start ends all of them with one message."""
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
     from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+    from mt_deepspeed.data.shards import ShardReadError
     from mt_deepspeed.engine import launch
     from mt_deepspeed.engine.agreement import RanksFailedError, together
     from mt_deepspeed.engine.context import building
     from mt_deepspeed.engine.ds_config import load_ds_config
     from mt_deepspeed.engine.layer_norms import fuse_layer_norms
     from mt_deepspeed.engine.loop import train
+    from mt_deepspeed.engine.store import CheckpointError
     from mt_deepspeed.starting_weights import load_starting_weights
     from mt_deepspeed.tasks import build_task
 
-    place = launch.init()
+    try:
+        place = launch.init()
+    except launch.LaunchError as error:
+        sys.exit(f"error: {error}")
 
     def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream]:
         ds_config = load_ds_config(deepspeed_config)
         context = building(config, ds_config, place)
         return ds_config, context, PretrainStream(config, place.rank, place.world_size)
+
+    def initialise() -> None:
+        try:
+            load_starting_weights(task, config)
+        except ValueError as error:
+            sys.exit(f"error (rank {place.rank}): {error}")
 
     try:
         ds_config, context, stream = together(prepare, "preparing the run")
@@ -54,10 +65,10 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
             task = build_task(config)
         fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
-        train(config, ds_config, task, stream, batches, place, lambda: load_starting_weights(task, config))
+        train(config, ds_config, task, stream, batches, place, initialise)
     except RanksFailedError as error:
         sys.exit(f"error: {error}" if place.rank == 0 else 1)
-    except ValueError as error:
+    except (CheckpointError, ShardReadError) as error:  # others are bugs: with a traceback
         sys.exit(f"error (rank {place.rank}): {error}")
     finally:
         launch.shutdown()
