@@ -28,7 +28,7 @@ def cases(ranks: int) -> dict[str, Case]:
         for stage in (0, 2, 3):
             for checkpointing in (0, 1):
                 found[f"dropout, stage {stage}, checkpointing {checkpointing}"] = Case(
-                    stage, 8, checkpointing=checkpointing, dropout=0.3
+                    stage, 8, 6, checkpointing=checkpointing, dropout=0.3
                 )
         ds = {"activation_checkpointing": {"cpu_checkpointing": True}}
         found["stage 3, every second layer checkpointed, offloaded"] = Case(3, 4, checkpointing=2, ds=ds)
@@ -58,6 +58,10 @@ def test_run_equals_one_rank_without_zero(histories: dict[str, list[dict[str, fl
         if name.startswith("dropout")
         else "stage 0, 1 ranks, accumulation 1, checkpointing 0"
     ]
-    first, last = (sum(step["loss/mlm"] for step in part) for part in (reference[:5], reference[-5:]))
-    assert last < 0.8 * first  # the run does something
     assert largest_difference(reference, histories[name]) < TOLERANCE
+
+
+def test_reference_run_learns(histories: dict[str, list[dict[str, float]]]) -> None:
+    steps = histories["stage 0, 1 ranks, accumulation 1, checkpointing 0"]
+    first, last = (sum(step["loss/mlm"] for step in part) for part in (steps[:5], steps[-5:]))
+    assert last < 0.8 * first

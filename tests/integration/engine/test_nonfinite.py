@@ -18,11 +18,8 @@ from tests.helpers.toy import ToyStream, make_task
 
 NO_COMPILE = {"zero_force_ds_cpu_optimizer": False}
 CASES = {
-    **{
-        f"stage {stage} {precision}": Case(stage, 2, precision=precision)
-        for stage in range(4)
-        for precision in ("fp32", "bf16")
-    },
+    **{f"stage {stage}": Case(stage, 2) for stage in range(4)},
+    **{f"stage {stage} bf16": Case(stage, 2, precision="bf16") for stage in (0, 2)},
     "stage 2 offload": Case(2, 2, zero={"offload_optimizer": CPU_OPTIMIZER}, ds=NO_COMPILE),
     "stage 3 offload": Case(3, 2, zero={"offload_optimizer": CPU_OPTIMIZER}, ds=NO_COMPILE),
 }

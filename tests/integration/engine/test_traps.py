@@ -30,14 +30,14 @@ ENGINE = Path(__file__).resolve().parents[3] / "mt_deepspeed" / "engine"
 
 
 def unused_cases() -> dict[str, Case]:
+    """Clipped, because DeepSpeed also keeps the stale norm."""
     found = {}
-    for clip in (0.0, 0.5):
-        for stage in range(4):
-            found[f"stage {stage}, clip {clip}"] = Case(stage, 2, 8, clip=clip, stream=ExtraSometimes)
-        for stage in (1, 2, 3):
-            found[f"stage {stage} offload, clip {clip}"] = Case(
-                stage, 2, 8, clip=clip, stream=ExtraSometimes, zero=OFFLOAD, ds=NO_COMPILE
-            )
+    for stage in range(4):
+        found[f"stage {stage}"] = Case(stage, 2, 8, clip=0.5, stream=ExtraSometimes)
+    for stage in (1, 2, 3):
+        found[f"stage {stage} offload"] = Case(
+            stage, 2, 8, clip=0.5, stream=ExtraSometimes, zero=OFFLOAD, ds=NO_COMPILE
+        )
     return found
 
 
@@ -51,9 +51,7 @@ def test_parameter_without_gradient_gets_zero_not_its_last_one(
     unused_histories: dict[str, list[dict[str, float]]], name: str
 ) -> None:
     """ZeRO-3 and offload apply the stale gradient again: norms were off by a factor of 5."""
-    clip = name[-3:]
-    reference = unused_histories[f"stage 0, clip {clip}"]
-    assert largest_difference(reference, unused_histories[name]) < 2e-5
+    assert largest_difference(unused_histories["stage 0"], unused_histories[name]) < 2e-5
 
 
 class LastWithout(ToyStream):
