@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.protocols import Batch, Report, Task, as_module
@@ -43,10 +43,3 @@ def add_reports(total: Report, report: Report) -> None:
     for name, pair in report.items():
         value = pair.detach().to(torch.float64)
         total[name] = total[name] + value if name in total else value
-
-
-def pair(total: Tensor, count: Tensor | float) -> Tensor:
-    """A report entry [2] from a sum and a count."""
-    return torch.stack(
-        [total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)]
-    )

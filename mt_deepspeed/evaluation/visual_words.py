@@ -14,8 +14,6 @@ from mt_deepspeed.evaluation.sums import Report, pair
 Fill = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(pixels [B,3,S,S], text_ids [B,L], text_mask [B,L], rows-and-columns mask [B,L] bool) -> logits [masked, V]."""
 
-CONDITIONS = ("right_image", "shuffled_images", "no_image")
-
 
 def mask_one_visual_word(
     text_ids_BL: Tensor, class_of_token: Mapping[int, str], mask_id: int, seeds_B: Tensor
