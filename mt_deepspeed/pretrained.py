@@ -19,9 +19,10 @@ from torch import Tensor
 from mt_deepspeed.config import DataConfig, RunConfig, from_dict, load_config, to_dict
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
-from mt_deepspeed.data.transforms import MEAN, STD, ImageTransform, normalise
+from mt_deepspeed.data.transforms import ImageTransform
 from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
+from mt_deepspeed.models.vision_tower import MEAN, STD
 from mt_deepspeed.starting_weights import run_state_dict
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.pretrain import PretrainTask
@@ -68,7 +69,7 @@ class Pretrained:
         return next(self.task.parameters()).device
 
     def pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` of pictures or picture files."""
+        """Pixels `[B, 3, S, S]` uint8 of pictures or picture files, as the model takes them."""
         generator = np.random.default_rng(0)  # evaluation transforms draw nothing from it
         decoded = []
         for picture in pictures:
@@ -76,7 +77,7 @@ class Pretrained:
                 raw = to_tensor(picture.convert("RGB"))
             else:
                 raw = decode_image(np.fromfile(picture, dtype=np.uint8))
-            decoded.append(normalise(self.transform(raw, generator)))
+            decoded.append(self.transform(raw, generator))
         return torch.stack(decoded).to(self.device)
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -148,8 +149,8 @@ class Pretrained:
                 "image_size": self.config.model.vision.image_size,
                 "transform": self.config.data.eval_transform,
                 "resample": "bicubic",
-                "mean": (MEAN / 255).flatten().tolist(),
-                "std": (STD / 255).flatten().tolist(),
+                "mean": list(MEAN),
+                "std": list(STD),
             },
             "provenance": self.provenance,
         }

@@ -4,7 +4,7 @@ Letters: B samples of the micro-batch, F false images, S pixels per side, L toke
 
 | key | shape, type | meaning |
 |---|---|---|
-| pixels | [B + F, 3, S, S] float32 | the images of the samples, then the false images |
+| pixels | [B + F, 3, S, S] uint8 | the images of the samples, then the false images |
 | text_ids, text_mask | [B, L] int64 | token ids; 1 token, 0 padding |
 | mlm_ids, mlm_labels | [B, L] int64 | masked ids; true id where masked, -100 elsewhere (MLM on) |
 | itm_image_index | [B] int64 | row of `pixels` that the text is matched with (ITM on) |
@@ -28,7 +28,7 @@ from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.order import Purpose, keyed_coins, keyed_generator
 from mt_deepspeed.data.shards import ShardReadError
 from mt_deepspeed.data.text import IGNORED, CaptionTokenizer, EncodedText
-from mt_deepspeed.data.transforms import ImageTransform, normalise
+from mt_deepspeed.data.transforms import ImageTransform
 
 Batch = dict[str, Tensor]
 Negatives = Literal["dataset", "in_batch"]
@@ -87,10 +87,9 @@ class BatchMaker:
                 images += self._false_images(samples, positions, labels_B, index_B)
             batch |= {"itm_image_index": torch.from_numpy(index_B), "itm_labels": torch.from_numpy(labels_B)}
         size = self.transform.size
-        pixels = torch.empty(len(images), 3, size, size)
+        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
         for out, (dataset, row, position, purpose) in zip(pixels, images, strict=True):
-            picture = self._picture(dataset, row, keyed_generator(self.seed, position, purpose))
-            normalise(picture, out)  # one by one, while the picture is still in the processor's cache
+            out.copy_(self._picture(dataset, row, keyed_generator(self.seed, position, purpose)))
         return {"pixels": pixels, **batch, "sample_ids": torch.from_numpy(plan.samples.copy())}
 
     def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:

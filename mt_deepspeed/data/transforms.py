@@ -19,17 +19,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from mt_deepspeed.data.augment import Augment, rand_augment, random_augment
 from mt_deepspeed.data.images import to_picture, to_tensor
-
-# Normalisation of CLIP (arXiv 2103.00020), for pixels from 0 to 255.
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).mul(255).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).mul(255).view(3, 1, 1)
 
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -111,13 +106,6 @@ class ImageTransform:
         if recipe.flip and generator.random() < 0.5:
             pixels = pixels.flip(-1)
         return pixels if recipe.augment is None else _augmented(pixels, recipe.augment, generator)
-
-
-def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """[..., 3, S, S] uint8 -> float32 of about zero mean and unit variance per channel, in `out` if given."""
-    if out is None:
-        out = torch.empty(pixels.shape, dtype=torch.float32)
-    return out.copy_(pixels).sub_(MEAN).div_(STD)
 
 
 def crop_box(

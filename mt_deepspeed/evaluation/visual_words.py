@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mt_deepspeed.evaluation.sums import Report, pair
 
+GREY = (123, 117, 104)
+"""The mean colour of the pictures CLIP was trained on: a picture that shows nothing."""
+
 Fill = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(pixels [B,3,S,S], text_ids [B,L], text_mask [B,L], rows-and-columns mask [B,L] bool) -> logits [masked, V]."""
 
@@ -47,7 +50,7 @@ def visual_word_report(
 
     Args:
         fill: The model: logits [masked, V] at the masked places, row by row.
-        batch: `pixels [B,3,S,S]`, `text_ids`, `text_mask` [B, L], `sample_ids` [B].
+        batch: `pixels [B,3,S,S]` uint8, `text_ids`, `text_mask` [B, L], `sample_ids` [B].
         class_of_token: See `mask_one_visual_word`.
         mask_id: See `mask_one_visual_word`.
 
@@ -64,12 +67,13 @@ def visual_word_report(
     # Captions of one picture stand next to each other: half a batch away is another picture.
     shuffled = pixels.roll(max(1, len(pixels) // 2), dims=0)
     changed = (shuffled != pixels).flatten(1).any(dim=1)[rows]
+    grey = pixels.new_tensor(GREY).view(3, 1, 1).expand_as(pixels)
     everywhere = torch.ones_like(changed)
     report: Report = {}
     for condition, images, counted in (
         ("right_image", pixels, everywhere),
         ("shuffled_images", shuffled, changed),
-        ("no_image", torch.zeros_like(pixels), everywhere),
+        ("no_image", grey, everywhere),
     ):
         right = (fill(images, ids, text_mask, chosen).argmax(dim=-1) == targets) & counted
         report[f"visual_{condition}"] = pair(right.sum(), counted.sum())

@@ -120,7 +120,7 @@ class TwoTowerModel(nn.Module):
         """Top vision layers after `ln_post`.
 
         Args:
-            pixels: `[B, 3, S, S]`, normalised.
+            pixels: `[B, 3, S, S]`, uint8, or float and normalised.
 
         Returns:
             N tensors `[B, P, vision.width]`, lowest layer first.

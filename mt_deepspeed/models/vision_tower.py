@@ -12,6 +12,18 @@ from torch import Tensor, nn
 
 from mt_deepspeed.config.model import VisionTowerConfig
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Colour mean and deviation that CLIP's pixels are normalised with (arXiv 2103.00020), for values 0 to 1."""
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """`[..., 3, S, S]` uint8 -> float32 of about zero mean and unit variance per channel."""
+    # Numbers instead of tensors: those would have to be brought to the device first, which waits for it.
+    channels = pixels.float().unbind(dim=-3)
+    scaled = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(channels, MEAN, STD, strict=True)]
+    return torch.stack(scaled, dim=-3)
+
 
 def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resizes the patch rows of a position table bicubically (align_corners False, no antialias).
@@ -86,11 +98,13 @@ class VisionTower(nn.Module):
         """Encodes a batch of images.
 
         Args:
-            pixels: `[B, 3, S, S]`, normalised. Another size than the configured one (also not square) is
-                taken with position embeddings resized on the fly.
+            pixels: `[B, 3, S, S]`, uint8 as decoded, or float and normalised. Another size than the
+                configured one (also not square) is taken with position embeddings resized on the fly.
 
         Returns:
             `num_states` tensors `[B, P, D]` after the shared `ln_post`, lowest layer first.
         """
+        if pixels.dtype == torch.uint8:  # a quarter of the bytes to carry here
+            pixels = normalise(pixels)
         states: list[Tensor] = self.visual(pixels, self.num_states)
         return states

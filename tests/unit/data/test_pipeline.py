@@ -110,7 +110,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
         false_images = int((labels == 0).sum())
         length = batch["text_ids"].shape[1]
         assert batch["pixels"].shape == (4 + false_images, 3, 16, 16)
-        assert batch["pixels"].dtype == torch.float32
+        assert batch["pixels"].dtype == torch.uint8
         for key in ("text_ids", "text_mask", "mlm_ids", "mlm_labels"):
             assert batch[key].shape == (4, length)
             assert batch[key].dtype == torch.int64

@@ -13,7 +13,7 @@ from torchvision import transforms as reference
 from mt_deepspeed.data.augment import rand_augment, random_augment
 from mt_deepspeed.data.images import to_picture, to_tensor
 from mt_deepspeed.data.order import Purpose, keyed_generator
-from mt_deepspeed.data.transforms import CROP_RATIO, RECIPES, ImageTransform, crop_box, normalise
+from mt_deepspeed.data.transforms import CROP_RATIO, RECIPES, ImageTransform, crop_box
 
 SIZE = 32
 
@@ -42,15 +42,6 @@ def test_evaluation_transforms_agree_with_pillow(name: str, shape: tuple[int, in
     found = ImageTransform(name, SIZE, train=False)(pixels, generator())
     assert found.shape == (3, SIZE, SIZE)
     assert int((found.int() - to_tensor(expected).int()).abs().max()) <= 2
-
-
-def test_normalisation_is_that_of_clip() -> None:
-    pixels = picture(SIZE, SIZE)
-    norm = reference.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    expected = norm(pixels.float() / 255)
-    found = normalise(torch.stack([pixels, pixels]))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.stack([expected, expected]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

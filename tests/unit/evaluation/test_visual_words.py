@@ -29,7 +29,7 @@ def batch(rows: int = 8) -> dict[str, Tensor]:
 
 def looking(pixels: Tensor, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
     assert (ids[chosen] == MASK).all()
-    answer = pixels[:, 0, 0, 0].long()[chosen.nonzero()[:, 0]]
+    answer = pixels[:, 0, 0, 0].long().clamp(max=VOCAB - 1)[chosen.nonzero()[:, 0]]
     return torch.nn.functional.one_hot(answer, VOCAB).float()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
 from mt_deepspeed.config.model import (
     CrossModalConfig,
@@ -15,6 +16,7 @@ from mt_deepspeed.config.model import (
     VisionTowerConfig,
 )
 from mt_deepspeed.models import FusionOutput, TwoTowerModel, attach_heads
+from mt_deepspeed.models.vision_tower import normalise
 from mt_deepspeed.objectives import gather_labelled, matching_loss, mlm_loss
 from tests.helpers.tiny_model import KINDS, tiny_batch, tiny_config, with_link
 
@@ -222,3 +224,14 @@ def test_impossible_configurations(change: Any, message: str) -> None:
     where = {"VisionTowerConfig": "vision", "CrossModalConfig": "cross_modal", "LinkConfig": "link"}
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{where[type(part).__name__]: part})
+
+
+def test_pixels_as_decoded_are_normalised_as_clip_does() -> None:
+    config = tiny_config("saue")
+    model, batch = _model(config).eval(), tiny_batch(config)
+    pixels = torch.randint(256, batch["pixels"].shape, dtype=torch.uint8)
+    norm = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    torch.testing.assert_close(normalise(pixels), norm(pixels.float() / 255), rtol=1e-5, atol=1e-5)
+    decoded = _forward(model, {**batch, "pixels": pixels})
+    normalised = _forward(model, {**batch, "pixels": normalise(pixels)})
+    assert torch.equal(decoded.cls_feats, normalised.cls_feats)
