@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ _Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One (image, caption) pair; `dataset` and `row` together name the image."""
+    """One (image, text) pair; `dataset` and `row` together name the image."""
 
     dataset: int
     row: int
@@ -30,12 +31,13 @@ class Corpus:
         configs: What to read.
         root: Folder that relative paths start from.
         key: Name of this list in the configuration, for messages.
+        task: What the folders must hold (key of `data_tools.shard_format.SCHEMAS`).
 
     Raises:
         ValueError: No data set, weights on some of them only, one without pairs, or a broken folder.
     """
 
-    def __init__(self, configs: Sequence[DatasetConfig], root: str, key: str) -> None:
+    def __init__(self, configs: Sequence[DatasetConfig], root: str, key: str, task: str = "caption") -> None:
         if not configs:
             raise ValueError(f"{key}: empty; name at least one data set folder")
         weights = [config.weight for config in configs if config.weight is not None]
@@ -46,11 +48,11 @@ class Corpus:
         self.weights = weights or None
         base = Path(root).expanduser()
         self.datasets = [
-            CaptionDataset(base / Path(config.path).expanduser(), config.splits) for config in configs
+            CaptionDataset(base / Path(config.path).expanduser(), config.splits, task) for config in configs
         ]
         for dataset in self.datasets:
             if dataset.num_pairs == 0:
-                raise ValueError(f"{dataset.folder}: splits {list(dataset.splits)} hold no captions")
+                raise ValueError(f"{dataset.folder}: splits {list(dataset.splits)} hold no texts")
         self.sizes = [dataset.num_pairs for dataset in self.datasets]
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
 
@@ -85,6 +87,16 @@ class Corpus:
         pair = self.datasets[number].pair(index - int(self.offsets[number]))
         return Sample(number, pair.row, pair.caption)
 
-    def image(self, dataset: int, row: int) -> EncodedImage:
-        """The encoded image in row `row` of data set number `dataset`."""
-        return self.datasets[dataset].image(row)
+    def annotations(self, index: int) -> dict[str, Any]:
+        """What belongs to the text of pair `index` (see `CaptionDataset.annotations`)."""
+        number = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        return self.datasets[number].annotations(index - int(self.offsets[number]))
+
+    def first_pairs(self) -> _Int64:
+        """The first pair of every image that has one, in order."""
+        starts = zip(self.datasets, self.offsets, strict=False)
+        return np.concatenate([dataset.first_pairs() + start for dataset, start in starts])
+
+    def image(self, dataset: int, row: int, number: int = 0) -> EncodedImage:
+        """The encoded image `number` in row `row` of data set number `dataset`."""
+        return self.datasets[dataset].image(row, number)

@@ -1,4 +1,7 @@
-"""Memory-mapped reading of shard folders: pairs (image, caption) by number, images without copies.
+"""Memory-mapped reading of shard folders: pairs (image, text) by number, images without copies.
+
+The folders of all tasks are read here: a text is a caption, a question, a statement or a hypothesis, and what
+belongs to it (labels, scores, ids) comes along when asked for.
 
 The index is one small table per open shard (a line per record batch); captions and offsets stay in the file.
 Nothing is locked and nothing is shared but read-only pages, so threads and forked workers may read freely.
@@ -17,17 +20,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_tools.shard_format import (
+    IMAGE_COLUMNS,
     MANIFEST_NAME,
     SCHEMAS,
+    TEXT_COLUMNS,
     ShardFormatError,
     ShardInfo,
     read_manifest,
 )
 
-TASK = "caption"
-
-# Buffers of a record batch that are read, as rows of `_Shard._spans`; values follow their offsets.
-IMAGE_OFFSETS, LIST_OFFSETS, TEXT_OFFSETS, ID_OFFSETS = 0, 2, 3, 5
+# Buffers of a record batch that are read, as rows of `_Shard._spans`; values follow their offsets, and the
+# offsets of a row's second image those of the first.
+LIST_OFFSETS, TEXT_OFFSETS, ID_OFFSETS, IMAGE_OFFSETS = 0, 1, 3, 5
 
 _Int64 = NDArray[np.int64]
 
@@ -38,7 +42,7 @@ class ShardReadError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One (image, caption) pair: the row of its image inside the data set, and the text."""
+    """One (image, text) pair: the row of its image inside the data set, and the text."""
 
     row: int
     caption: str
@@ -58,14 +62,15 @@ class EncodedImage:
 
 
 class CaptionDataset:
-    """The (image, caption) pairs of some splits of one shard folder.
+    """The (image, text) pairs of some splits of one shard folder.
 
-    Pairs and rows are numbered through the splits in the order given, shard by shard, row by row, caption by
-    caption. Shards open when first touched.
+    Pairs and rows are numbered through the splits in the order given, shard by shard, row by row, text by
+    text. Shards open when first touched.
 
     Args:
         folder: Folder with `manifest.json`.
         splits: Names of the splits to read.
+        task: Key of `SCHEMAS`: what the folder must hold.
 
     Raises:
         ShardFormatError: The manifest breaks the contract, or the folder does not hold what it names: a shard
@@ -73,12 +78,13 @@ class CaptionDataset:
         ValueError: A split that the manifest does not have, or one named twice.
     """
 
-    def __init__(self, folder: Path | str, splits: Sequence[str]) -> None:
+    def __init__(self, folder: Path | str, splits: Sequence[str], task: str = "caption") -> None:
         self.folder = Path(folder)
+        self.task = task
         self.splits = tuple(splits)
         manifest = read_manifest(self.folder)
-        if manifest.task != TASK:
-            raise ShardFormatError(f"{self.folder}: task {manifest.task!r}, expected {TASK!r}")
+        if manifest.task != task:
+            raise ShardFormatError(f"{self.folder}: task {manifest.task!r}, expected {task!r}")
         unknown = [name for name in self.splits if name not in manifest.splits]
         if unknown or not self.splits or len(set(self.splits)) != len(self.splits):
             raise ValueError(
@@ -87,6 +93,7 @@ class CaptionDataset:
             )
         self.name = manifest.dataset
         self.digest = manifest.digest()
+        self.options = manifest.options
         self._infos = [info for name in self.splits for info in manifest.splits[name].shards]
         named = {info.file for split in manifest.splits.values() for info in split.shards}
         _check_files(self.folder, named, self._infos)
@@ -123,7 +130,7 @@ class CaptionDataset:
         return lengths_K
 
     def pair(self, index: int) -> Pair:
-        """Reads the caption of pair `index` and finds its image's row.
+        """Reads the text of pair `index` and finds its image's row.
 
         Raises:
             ShardReadError: The stored offsets or the text are damaged.
@@ -132,20 +139,36 @@ class CaptionDataset:
         row, caption = self._shard(number).text(index - int(self._text_starts[number]))
         return Pair(int(self._row_starts[number]) + row, caption)
 
-    def image(self, row: int) -> EncodedImage:
-        """The encoded image of row `row`.
+    def annotations(self, index: int) -> dict[str, Any]:
+        """What belongs to the text of pair `index`: its entry of every other list column, by column name.
+
+        Raises:
+            ShardReadError: A column holds no entry for the text.
+        """
+        number = int(np.searchsorted(self._text_starts, index, side="right")) - 1
+        return self._shard(number).annotations(index - int(self._text_starts[number]))
+
+    def first_pairs(self) -> _Int64:
+        """The first pair of every row that has one, in order."""
+        found = [
+            self._shard(number).first_texts() + start for number, start in enumerate(self._text_starts[:-1])
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def image(self, row: int, number: int = 0) -> EncodedImage:
+        """The encoded image `number` of row `row`.
 
         Raises:
             ShardReadError: The stored offsets are damaged.
         """
-        number = int(np.searchsorted(self._row_starts, row, side="right")) - 1
-        return self._shard(number).image(row - int(self._row_starts[number]))
+        shard = int(np.searchsorted(self._row_starts, row, side="right")) - 1
+        return self._shard(shard).image(row - int(self._row_starts[shard]), number)
 
     def _shard(self, number: int) -> "_Shard":
         shard = self._open.get(number)
         if shard is None:  # two threads may both open it; one of the two equal shards is then dropped
             info = self._infos[number]
-            shard = self._open.setdefault(number, _Shard(self.folder / info.file, info))
+            shard = self._open.setdefault(number, _Shard(self.folder / info.file, info, self.task))
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,15 +178,19 @@ class CaptionDataset:
 class _Shard:
     """One mapped shard file and where the buffers of its record batches lie in it."""
 
-    def __init__(self, path: Path, info: ShardInfo) -> None:
+    def __init__(self, path: Path, info: ShardInfo, task: str) -> None:
         self.path = path
+        self._images = [image for image, _, _ in IMAGE_COLUMNS[task]]
+        self._text = TEXT_COLUMNS[task]
+        schema = SCHEMAS[task]
+        self._lists = [c.name for c in schema if pa.types.is_list(c.type) and c.name != self._text]
         try:
             mapped = _map_file(path)
             arrow = pa.py_buffer(mapped)
             reader = pa.ipc.open_file(pa.BufferReader(arrow))
-            if not reader.schema.equals(SCHEMAS[TASK]):
+            if not reader.schema.equals(schema):
                 raise ShardFormatError(
-                    f"{path}: schema\n{reader.schema}\nexpected\n{SCHEMAS[TASK]}\nconvert the data again"
+                    f"{path}: schema\n{reader.schema}\nexpected\n{schema}\nconvert the data again"
                 )
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
@@ -173,18 +200,18 @@ class _Shard:
         self._words = np.frombuffer(mapped, np.int32, len(mapped) // 4)
         self._longs = np.frombuffer(mapped, np.int64, len(mapped) // 8)
         self._row_starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._text_starts = np.cumsum([0, *(len(batch.column(1).values) for batch in batches)])
+        self._text_starts = np.cumsum([0, *(len(batch.column(self._text).values) for batch in batches)])
         found = (int(self._row_starts[-1]), int(self._text_starts[-1]))
         if found != (info.rows, info.texts):
             raise ShardFormatError(
                 f"{path}: {found[0]} rows and {found[1]} texts, but {MANIFEST_NAME} says {info.rows} and "
                 f"{info.texts}; convert the data again"
             )
-        self._spans = np.array([_spans(batch, arrow.address) for batch in batches], np.int64).reshape(
-            -1, 7, 2
-        )
+        spans = [_spans(batch, self._text, self._images, arrow.address) for batch in batches]
+        self._spans = np.array(spans, np.int64).reshape(-1, IMAGE_OFFSETS + 2 * len(self._images), 2)
         if (self._spans[:, :, 0] % 8).any() or (self._spans < 0).any() or (self._spans > len(mapped)).any():
             raise ShardFormatError(f"{path}: compressed or not aligned to 8 bytes; convert the data again")
+        self._batches = batches if self._lists else []
 
     def caption_bytes(self, texts_K: _Int64) -> _Int64:
         batch_K = np.searchsorted(self._text_starts, texts_K, side="right") - 1
@@ -192,26 +219,58 @@ class _Shard:
         return self._words[first_K + 1].astype(np.int64) - self._words[first_K]
 
     def text(self, text: int) -> tuple[int, str]:
-        """(row inside the shard, caption) of a text."""
+        """(row inside the shard, text) of a text."""
         batch = int(np.searchsorted(self._text_starts, text, side="right")) - 1
         within = text - int(self._text_starts[batch])
+        offsets = self._list_offsets(batch)
+        row = int(self._row_starts[batch] + np.searchsorted(offsets, within, side="right")) - 1
+        data = self._value(self._words, batch, TEXT_OFFSETS, within, f"row {row}: {self._text}")
+        try:
+            return row, data.tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ShardReadError(f"{self.path}: row {row}: {self._text}: {error}") from error
+
+    def _list_offsets(self, batch: int) -> NDArray[np.int32]:
+        """Where the texts of each row of a record batch begin, and where the last ones end."""
         rows = int(self._row_starts[batch + 1] - self._row_starts[batch])
         first = int(self._spans[batch, LIST_OFFSETS, 0]) // 4
         offsets = self._words[first : first + rows + 1]
         texts = int(self._text_starts[batch + 1] - self._text_starts[batch])
         if offsets[0] != 0 or offsets[-1] != texts or (np.diff(offsets) < 0).any():
-            raise ShardReadError(f"{self.path}: record batch {batch}: captions: damaged offsets")
-        row = int(self._row_starts[batch] + np.searchsorted(offsets, within, side="right")) - 1
-        data = self._value(self._words, batch, TEXT_OFFSETS, within, f"row {row}: captions")
-        try:
-            return row, data.tobytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ShardReadError(f"{self.path}: row {row}: captions: {error}") from error
+            raise ShardReadError(f"{self.path}: record batch {batch}: {self._text}: damaged offsets")
+        return offsets
 
-    def image(self, row: int) -> EncodedImage:
+    def first_texts(self) -> _Int64:
+        """The first text of every row that has one."""
+        starts = [np.empty(0, np.int64)]
+        for batch, start in enumerate(self._text_starts[:-1]):
+            offsets = self._list_offsets(batch)
+            starts.append(offsets[:-1][np.diff(offsets) > 0].astype(np.int64) + start)
+        return np.concatenate(starts)
+
+    def annotations(self, text: int) -> dict[str, Any]:
+        """Entry of every other list column, by name."""
+        batch = int(np.searchsorted(self._text_starts, text, side="right")) - 1
+        within = text - int(self._text_starts[batch])
+        offsets = self._list_offsets(batch)
+        row = int(np.searchsorted(offsets, within, side="right")) - 1
+        found = {}
+        for name in self._lists:
+            entries = self._batches[batch].column(name)[row].as_py()
+            if len(entries) != offsets[row + 1] - offsets[row]:
+                where = f"{self.path}: row {int(self._row_starts[batch]) + row}: {name}"
+                raise ShardReadError(
+                    f"{where}: found {len(entries)} entries, expected {offsets[row + 1] - offsets[row]}, "
+                    f"one for each of {self._text}; convert the data again"
+                )
+            found[name] = entries[within - int(offsets[row])]
+        return found
+
+    def image(self, row: int, number: int) -> EncodedImage:
         batch = int(np.searchsorted(self._row_starts, row, side="right")) - 1
         within = row - int(self._row_starts[batch])
-        data = self._value(self._longs, batch, IMAGE_OFFSETS, within, f"row {row}: image")
+        offsets = IMAGE_OFFSETS + 2 * number
+        data = self._value(self._longs, batch, offsets, within, f"row {row}: {self._images[number]}")
         image_id = self._value(self._words, batch, ID_OFFSETS, within, f"row {row}: image_id").tobytes()
         return EncodedImage(data, f"{self.path}: row {row}: image {image_id.decode('utf-8', 'replace')!r}")
 
@@ -253,12 +312,13 @@ def _map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **untracked)
 
 
-def _spans(batch: pa.RecordBatch, base: int) -> list[tuple[int, int]]:
+def _spans(batch: pa.RecordBatch, text: str, images: Sequence[str], base: int) -> list[tuple[int, int]]:
     """First and last + 1 byte in the file of the buffers of a record batch that are read."""
-    _, image_offsets, images = batch.column(0).buffers()
-    _, list_offsets, _, text_offsets, texts = batch.column(1).buffers()
-    _, id_offsets, ids = batch.column(2).buffers()
-    buffers = (image_offsets, images, list_offsets, text_offsets, texts, id_offsets, ids)
+    _, list_offsets, _, text_offsets, texts = batch.column(text).buffers()
+    _, id_offsets, ids = batch.column("image_id").buffers()
+    buffers = [list_offsets, text_offsets, texts, id_offsets, ids]
+    for name in images:
+        buffers += batch.column(name).buffers()[1:]
     # An empty buffer has no place in the file, and nothing ever reads from it.
     starts = [buffer.address - base if buffer is not None and buffer.size else 0 for buffer in buffers]
     return [

@@ -13,7 +13,8 @@ import pyarrow as pa
 from PIL import Image
 
 from data_tools.shard_format import (
-    CAPTION_SCHEMA,
+    SCHEMAS,
+    TEXT_COLUMNS,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -61,25 +62,31 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
 
 
 def write_dataset(
-    folder: Path, splits: Mapping[str, Sequence[Row]], rows_per_shard: int = 10, rows_per_batch: int = 4
+    folder: Path,
+    splits: Mapping[str, Sequence[Row]],
+    rows_per_shard: int = 10,
+    rows_per_batch: int = 4,
+    task: str = "caption",
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a data set folder as the shard contract says, with small shards and record batches."""
     folder.mkdir(parents=True, exist_ok=True)
+    schema = SCHEMAS[task]
     described = {}
     for split, rows in splits.items():
         shards: list[ShardInfo] = []
         for start in range(0, len(rows), rows_per_shard):
             part = rows[start : start + rows_per_shard]
             path = folder / shard_name(split, len(shards))
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, CAPTION_SCHEMA) as writer:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
                 for first in range(0, len(part), rows_per_batch):
                     batch = part[first : first + rows_per_batch]
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=CAPTION_SCHEMA))
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
             data = path.read_bytes()
-            texts = sum(len(row["captions"]) for row in part)
+            texts = sum(len(row[TEXT_COLUMNS[task]]) for row in part)
             shards.append(ShardInfo(path.name, len(part), texts, len(data), hashlib.sha256(data).hexdigest()))
         described[split] = SplitInfo.of(tuple(shards))
-    write_manifest(folder, Manifest(folder.name, "caption", "test", {}, described, {}, ()))
+    write_manifest(folder, Manifest(folder.name, task, "test", options or {}, described, {}, ()))
     return folder
 
 

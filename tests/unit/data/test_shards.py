@@ -13,8 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.shard_format import CAPTION_SCHEMA, ShardFormatError, ShardInfo, read_manifest, write_manifest
-from mt_deepspeed.data.shards import CaptionDataset, ShardReadError
+from mt_deepspeed.data.shards import (
+    IMAGE_OFFSETS,
+    LIST_OFFSETS,
+    TEXT_OFFSETS,
+    CaptionDataset,
+    ShardReadError,
+)
 from tests.helpers.datasets import make_rows, write_dataset
+from tests.helpers.task_datasets import entailment_rows, nlvr2_rows, vqa_rows
 
 
 def expected_pairs(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -183,13 +190,58 @@ def test_damaged_offsets_and_texts_are_named(copied: Path) -> None:
         dataset.pair(index)
 
     first = dataset._shard(0)._spans[0]
-    for buffer, read in ((0, dataset.image), (3, dataset.pair), (2, dataset.pair)):
+    parts = ((IMAGE_OFFSETS, dataset.image), (TEXT_OFFSETS, dataset.pair), (LIST_OFFSETS, dataset.pair))
+    for buffer, read in parts:
         start = int(first[buffer, 0])
         path.write_bytes(data[: start + 4] + b"\x7f" * 8 + data[start + 12 :])
         damaged = CaptionDataset(copied, ["train"])
         damaged.check()
         with pytest.raises(ShardReadError, match=r"train-00000\.arrow.*damaged"):
             getattr(damaged, read.__name__)(0)
+
+
+def test_the_first_pair_of_every_image_with_texts(tmp_path: Path) -> None:
+    rows = make_rows(23)
+    for empty in (0, 7, 22):
+        rows[empty]["captions"] = []
+    dataset = CaptionDataset(write_dataset(tmp_path / "set", {"train": rows}), ["train"])
+    pairs = expected_pairs(rows)
+    first = {row: index for index, (row, _) in reversed(list(enumerate(pairs)))}
+    assert dataset.first_pairs().tolist() == sorted(first.values())
+
+
+def test_rows_of_every_task_are_read(tmp_path: Path) -> None:
+    questions = vqa_rows(11, num_answers=6)
+    folder = write_dataset(tmp_path / "vqa", {"train": questions}, task="vqa")
+    dataset = CaptionDataset(folder, ["train"], "vqa")
+    wanted = [(row, k) for row in questions for k in range(len(row["questions"]))]
+    assert dataset.num_pairs == len(wanted)
+    for index, (row, k) in enumerate(wanted):
+        assert dataset.pair(index).caption == row["questions"][k]
+        columns = ("question_ids", "answers", "labels", "scores")
+        assert dataset.annotations(index) == {name: row[name][k] for name in columns}
+
+    pairs = nlvr2_rows(5)
+    dataset = CaptionDataset(
+        write_dataset(tmp_path / "nlvr2", {"dev": pairs}, task="nlvr2"), ["dev"], "nlvr2"
+    )
+    for number, row in enumerate(pairs):
+        for image in (0, 1):
+            assert dataset.image(number, image).data.tobytes() == row[f"image_{image}"]
+    assert dataset.annotations(1) == {
+        "identifiers": pairs[0]["identifiers"][1],
+        "labels": pairs[0]["labels"][1],
+    }
+    with pytest.raises(ShardFormatError, match=r"task 'nlvr2', expected 'entailment'"):
+        CaptionDataset(tmp_path / "nlvr2", ["dev"], "entailment")
+
+    sentences = entailment_rows(3)
+    sentences[1]["labels"] = sentences[1]["labels"][:-1]
+    folder = write_dataset(tmp_path / "snli", {"dev": sentences}, task="entailment")
+    dataset = CaptionDataset(folder, ["dev"], "entailment")
+    assert dataset.annotations(0)["premises"] == sentences[0]["premises"][0]
+    with pytest.raises(ShardReadError, match=r"dev-00000\.arrow: row 1: labels: found 2 entries, expected 3"):
+        dataset.annotations(len(sentences[0]["hypotheses"]))
 
 
 def anonymous_bytes() -> int:
