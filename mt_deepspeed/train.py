@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mt_deepspeed.config import RunConfig, load_config, preset_names, to_yaml
+from mt_deepspeed.engine import signals
+from mt_deepspeed.engine.exit_codes import Exit
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """The command line; ends with one of `Exit`."""
+    signals.install()
     args = _parse(arguments)
     try:
         config = load_config(args.preset, args.config, args.set)
@@ -25,10 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.print_config:
         print(to_yaml(config), end="")
         return
-    run(config, args.deepspeed_config)
+    if config.data.worker_kind == "process":
+        signals.start_fork_server()
+    sys.exit(run(config, args.deepspeed_config))
 
 
-def run(config: RunConfig, deepspeed_config: Path) -> None:
+def run(config: RunConfig, deepspeed_config: Path) -> Exit:
     """Trains on the ranks the environment describes; what is wrong at the start ends all of them with one message."""
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
     from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
@@ -39,6 +44,7 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
     from mt_deepspeed.engine.ds_config import load_ds_config
     from mt_deepspeed.engine.layer_norms import fuse_layer_norms
     from mt_deepspeed.engine.loop import train
+    from mt_deepspeed.engine.stopping import NoProgressError
     from mt_deepspeed.engine.store import CheckpointError
     from mt_deepspeed.starting_weights import load_starting_weights
     from mt_deepspeed.tasks import build_task
@@ -65,7 +71,11 @@ def run(config: RunConfig, deepspeed_config: Path) -> None:
             task = build_task(config)
         fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
-        train(config, ds_config, task, stream, batches, place, initialise)
+        return train(config, ds_config, task, stream, batches, place, initialise).exit_code
+    except NoProgressError as error:
+        if place.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return Exit.NO_PROGRESS
     except RanksFailedError as error:
         sys.exit(f"error: {error}" if place.rank == 0 else 1)
     except (CheckpointError, ShardReadError) as error:  # others are bugs: with a traceback

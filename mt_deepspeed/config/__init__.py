@@ -14,6 +14,7 @@ from mt_deepspeed.config.run import (
     DatasetConfig,
     ObjectivesConfig,
     OptimConfig,
+    ResilienceConfig,
     RunConfig,
     TrainConfig,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "ObjectivesConfig",
     "OptimConfig",
+    "ResilienceConfig",
     "RunConfig",
     "TextTowerConfig",
     "TrainConfig",

@@ -123,6 +123,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResilienceConfig:
+    """What a run does when it is stopped, or stops by itself."""
+
+    deadline_margin_s: float = 60.0
+    """Seconds that must be left before the end of the job, beside the time a save takes, when a run saves and stops."""
+    max_idle_restarts: int = 3
+    """The run refuses to start after this many restarts in a row without a new checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run except memory and communication, which `ds_configs/` hold."""
 
@@ -134,6 +144,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def __post_init__(self) -> None:
         adaptive = self.model.link.kind in ("aaue", "aaue_own_query")

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -39,6 +40,13 @@ def together(work: Callable[[], T], what: str) -> T:
     if failed:
         raise RanksFailedError(f"{what} failed: {_describe(failed, len(outcomes))}")
     return result  # type: ignore[no-any-return]
+
+
+def any_of(wishes: dict[str, bool], device: torch.device) -> dict[str, bool]:
+    """Which wishes some rank has; a collective, with the same keys on all ranks."""
+    vector = torch.tensor([float(wish) for wish in wishes.values()], device=device)
+    dist.all_reduce(vector)
+    return {name: value > 0 for name, value in zip(wishes, vector.tolist(), strict=True)}
 
 
 def _describe(failed: dict[int, tuple[str, str]], ranks: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from mt_deepspeed.engine.protocols import Batch, Report, Task
 from mt_deepspeed.engine.runner import TaskRunner, add_reports, to_device
 
 
-def evaluate(model: Any, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+class EvaluationInterrupted(Exception):
+    """Some rank asked to stop in the middle of an evaluation; raised on all ranks."""
+
+
+def evaluate(
+    model: Any,
+    batches: Iterable[Batch],
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
     """Metrics over all ranks' batches; call on all ranks.
 
     Ranks may have different numbers of batches, or none: who runs out repeats a batch without counting
@@ -23,20 +32,26 @@ def evaluate(model: Any, batches: Iterable[Batch], device: torch.device) -> dict
         model: DeepSpeed engine around a `TaskRunner`, or a `TaskRunner` alone; left in its mode.
         batches: This rank's share, CPU tensors; batches without samples are not counted.
         device: Device of the model.
+        interrupted: Asked before every batch: whether this rank wants to stop.
 
     Returns:
         Report name -> sum / count. Names whose count is 0 are left out.
+
+    Raises:
+        EvaluationInterrupted: Some rank's `interrupted` said so.
     """
     was_training = bool(getattr(model, "module", model).training)
     model.eval()
     total: Report = {}
-    with torch.no_grad():
-        for batch, counts in _in_lockstep(iter(batches), device):
-            report = model("eval", to_device(batch, device))
-            add_reports(
-                total, report if counts else {name: torch.zeros_like(pair) for name, pair in report.items()}
-            )
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for batch, counts in _in_lockstep(iter(batches), device, interrupted):
+                report = model("eval", to_device(batch, device))
+                if not counts:
+                    report = {name: torch.zeros_like(pair) for name, pair in report.items()}
+                add_reports(total, report)
+    finally:
+        model.train(was_training)
     return reduce_report(total, device)
 
 
@@ -66,15 +81,20 @@ def _agreed_names(names: list[str]) -> list[str]:
     return sorted(set().union(*found))
 
 
-def _in_lockstep(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, bool]]:
+def _in_lockstep(
+    batches: Iterator[Batch], device: torch.device, interrupted: Callable[[], bool]
+) -> Iterator[tuple[Batch, bool]]:
     """(batch, whether it counts), the same number of times on every rank."""
     spare: Batch | None = None
     while True:
         batch = next((one for one in batches if len(one["sample_ids"])), None)
-        flags = torch.zeros(dist.get_world_size(), device=device)
+        flags = torch.zeros(dist.get_world_size() + 1, device=device)
         flags[dist.get_rank()] = float(batch is not None)
+        flags[-1] = float(interrupted())
         dist.all_reduce(flags)
-        have = flags.tolist()
+        *have, stop = flags.tolist()
+        if stop:
+            raise EvaluationInterrupted
         if not any(have):
             return
         if batch is not None:

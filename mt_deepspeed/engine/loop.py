@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from mt_deepspeed.config import RunConfig, to_yaml
+from mt_deepspeed.engine.agreement import any_of, together
 from mt_deepspeed.engine.build import Session, build
 from mt_deepspeed.engine.checkpoint import versions
-from mt_deepspeed.engine.evaluate import evaluate
+from mt_deepspeed.engine.evaluate import EvaluationInterrupted, evaluate
+from mt_deepspeed.engine.exit_codes import Exit
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.monitor import Monitor
 from mt_deepspeed.engine.nonfinite import NonFinitePolicy
 from mt_deepspeed.engine.optim import lr_factor, set_learning_rates
 from mt_deepspeed.engine.protocols import Batch, SampleStream, Task
 from mt_deepspeed.engine.saving import Progress, Resume, Saver
+from mt_deepspeed.engine.stopping import SAVE, Stop, StopRequests, check_progress, deadline, note_start
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +40,8 @@ class TrainResult:
     """Optimizer steps made, over all starts of the run."""
     metrics: dict[str, float]
     """The latest value of everything that was logged."""
+    exit_code: Exit
+    """What the process should end with."""
 
 
 def train(
@@ -53,9 +61,13 @@ def train(
         stream: This rank's samples; closed at the end.
         eval_batches: Makes this rank's finite evaluation batches; None: no evaluation.
         initialise: Fills `task` with its starting weights; not called when a checkpoint is continued.
+
+    Raises:
+        NoProgressError: Restarted too often without a new checkpoint.
     """
     identity = {**stream.identity, "global_batch_size": config.train.global_batch_size}
     resume = Resume.find(config, identity)
+    stops = _begin(config, place, int(resume.state["step"]) if resume else 0)
     if resume:
         resume.prepare(task, config)
     elif initialise is not None:
@@ -69,14 +81,27 @@ def train(
         eval_batches,
         _monitor(session, progress.step),
         policy,
-        Saver(session, policy, identity),
+        Saver(session, policy, identity, progress.step if resume else -1),
+        stops,
     )
     try:
-        run.train(stream, progress)
+        exit_code = run.train(stream, progress)
     finally:
         stream.close()
         run.monitor.close()
-    return TrainResult(progress.step, run.monitor.latest)
+    return TrainResult(progress.step, run.monitor.latest, exit_code)
+
+
+def _begin(config: RunConfig, place: Place, step: int) -> StopRequests:
+    """Counts this start from `step`, and watches for what may end the run early; call on all ranks."""
+    run_dir, settings = Path(config.run_dir), config.resilience
+    lead = place.rank == 0
+    end = together(lambda: deadline(os.environ), "reading the job's end")
+    restarts = [together(lambda: note_start(run_dir, step, config) if lead else 0, "noting the start")]
+    dist.broadcast_object_list(restarts, src=0)
+    if step < config.train.max_steps:
+        check_progress(restarts[0], settings.max_idle_restarts, run_dir, step)
+    return StopRequests(run_dir, lead, end, settings.deadline_margin_s)
 
 
 @dataclass(frozen=True)
@@ -86,37 +111,67 @@ class _Run:
     monitor: Monitor
     policy: NonFinitePolicy
     saver: Saver
+    stops: StopRequests
 
-    def train(self, stream: SampleStream, progress: Progress) -> None:
-        """Steps from `progress` on; updates it."""
+    def train(self, stream: SampleStream, progress: Progress) -> Exit:
+        """Steps from `progress` on, updating it, until the last step or an agreed stop."""
         session, config = self.session, self.session.config.train
         batches = stream.steps(progress.step)
         session.engine.train()
-        while progress.step < config.max_steps:
+        stop = self._evaluate(progress) if progress.evaluation_due else None
+        step_s = 0.0
+        while progress.step < config.max_steps and stop is None:
             started = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - started
             rates = set_learning_rates(
                 session.optimizer, lr_factor(progress.step, session.config.optim, config.max_steps)
             )
-            requests = {"save": self.saver.minutes_are_over()}
+            requests = {"interval": self.saver.minutes_are_over(), **self._wishes(step_s)}
             result = session.stepper.step(progress.step, micro_batches, requests)
             self.policy.check(progress.step, result, session.loss_scale.value)
             progress.step += 1
             progress.adam_steps += result.applied
-            self.monitor.add(result, waited, time.perf_counter() - started)
-            if self.monitor.due(progress.step):
+            step_s = time.perf_counter() - started
+            self.monitor.add(result, waited, step_s)
+            stop = self.stops.granted(result.requests)
+            if stop or self.monitor.due(progress.step):
                 self.monitor.write_step(progress.step, rates, self._counters())
-            best = self._evaluate(progress.step)
-            if best or self.saver.due(progress.step, result.requests["save"]):
-                self.saver.save(progress, best)
+            if self.eval_batches and evaluation_due(progress.step, config.eval_every_steps, config.max_steps):
+                progress.evaluation_due = True
+                stop = stop or self._evaluate(progress)
+            if stop or self.saver.due(progress.step, result.requests["interval"] or result.requests[SAVE]):
+                self.saver.save(progress)
+            if result.requests[SAVE]:
+                self.stops.saved()
+        return self._end(progress, stop)
 
-    def _evaluate(self, step: int) -> dict[str, float] | None:
-        """Evaluates if it is time; returns the metrics if they are the best so far."""
-        config = self.session.config.train
-        if self.eval_batches is None or not evaluation_due(step, config.eval_every_steps, config.max_steps):
-            return None
-        found = evaluate(self.session.engine, self.eval_batches(), self.session.place.device)
+    def _end(self, progress: Progress, stop: Stop | None) -> Exit:
+        """Leaves word of a stop, unless nothing is left to do."""
+        if stop is None or (
+            progress.step >= self.session.config.train.max_steps and not progress.evaluation_due
+        ):
+            return Exit.FINISHED
+        self.stops.leave(stop, progress.step)
+        return stop.exit_code
+
+    def _wishes(self, step_s: float) -> dict[str, bool]:
+        return self.stops.wishes(self.saver.last_save_s, step_s)
+
+    def _evaluate(self, progress: Progress) -> Stop | None:
+        """Evaluates, and saves if it was the best so far; returns the stop that came in its middle, if any."""
+        device = self.session.place.device
+
+        def stop_wished() -> bool:
+            return any(wish for name, wish in self._wishes(0.0).items() if name != SAVE)
+
+        assert self.eval_batches is not None
+        try:
+            found = evaluate(self.session.engine, self.eval_batches(), device, stop_wished)
+        except EvaluationInterrupted:
+            return self.stops.granted(any_of(self._wishes(0.0), device))
+        progress.evaluation_due = False
+        step = progress.step
         found["score"] = self.session.task.score(found)
         metrics = {f"eval/{name}": value for name, value in found.items()}
         self.monitor.write(step, metrics)
@@ -124,7 +179,9 @@ class _Run:
         log.info(
             "step %d evaluation: %s", step, " ".join(f"{name} {value:.4g}" for name, value in found.items())
         )
-        return metrics if self.saver.is_best(metrics) else None
+        if self.saver.is_best(metrics):
+            self.saver.save(progress, metrics)
+        return None
 
     def _counters(self) -> dict[str, float]:
         counters = {

@@ -44,6 +44,8 @@ class Progress:
     """Optimizer steps, skipped ones included: the stream's position is step x global batch."""
     adam_steps: int = 0
     """Steps that moved the weights."""
+    evaluation_due: bool = False
+    """The run stopped before the evaluation that belongs to `step`."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,25 @@ class Resume:
             session.loss_scale.value = state["loss_scale"]["value"]
             session.loss_scale.clean_steps = state["loss_scale"]["clean_steps"]
         policy.load(state["nonfinite"])
-        return Progress(state["step"], state["adam_steps"])
+        return Progress(state["step"], state["adam_steps"], state.get("evaluation_due", False))
 
 
 class Saver:
-    """Saves by step, by minute, at the end, and when evaluation was best."""
+    """Saves by step, by minute, at the end, and when evaluation was best.
 
-    def __init__(self, session: Session, policy: NonFinitePolicy, identity: dict[str, Any]) -> None:
+    Args:
+        saved_step: Step of the checkpoint the run continues; -1: none.
+    """
+
+    def __init__(
+        self, session: Session, policy: NonFinitePolicy, identity: dict[str, Any], saved_step: int
+    ) -> None:
         self.session = session
         self.identity = identity
         self.policy = policy
         self.config: CheckpointConfig = session.config.checkpoint
         self.root = checkpoint_root(session.config.run_dir)
-        self.saved_step = -1
+        self.saved_step = saved_step
         self.last_save = time.monotonic()
         self.best = store.read_best(self.root)
         self.last_save_s = 0.0
@@ -174,6 +182,7 @@ class Saver:
             state["nonfinite"] = self.policy.state()
             state["stream"] = self.identity
             state["config"] = to_dict(self.session.config)
+            state["evaluation_due"] = progress.evaluation_due
             folder = write_snapshot(take_snapshot(self.session, state), self.root)
             self.saved_step = progress.step
             self.last_save = time.monotonic()
