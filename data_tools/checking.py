@@ -1,12 +1,14 @@
-"""What worker processes do with the pictures of rows: read them, judge them, make them smaller if asked to."""
+"""Looks at the pictures of a row: reads them, judges them, makes them smaller if asked to."""
 
 import errno
+import io
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_tools.images import MAX_FILE_BYTES, ImageRefused, Picture, check_image
 from data_tools.resize import Resize, resized
-from data_tools.sources.base import ImageFile
+from data_tools.sources.base import ImageFile, Row, Slice
 
 
 @dataclass(frozen=True)
@@ -18,23 +20,63 @@ class Checked:
     detail: str = ""
 
 
-def check_rows(chunk: list[tuple[ImageFile, ...] | None], resize: Resize | None) -> list[Checked]:
-    """Reads and checks the pictures of rows; None stands for a row that is left out anyway."""
-    return [Checked((), "no_text") if images is None else _check_row(images, resize) for images in chunk]
+class PictureReader:
+    """Reads pictures; of the files that hold several it keeps the last one open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: io.FileIO | None = None
+
+    def __enter__(self) -> "PictureReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def check(self, row: Row, text_column: str, resize: Resize | None) -> Checked:
+        """Reads and checks the pictures of a row that is not left out anyway."""
+        if row.refused:
+            return Checked((), row.refused)
+        if not row.columns[text_column]:
+            return Checked((), "no_text")
+        try:
+            pictures = tuple(check_image(self.read(image)) for image in row.images)
+        except ImageRefused as refused:
+            return Checked((), refused.reason, refused.detail)
+        return Checked(pictures if resize is None else tuple(resized(one, resize) for one in pictures))
+
+    def read(self, image: ImageFile) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+            ImageRefused: It is not there, too large or not to be read.
+            OSError: A fault of the machine.
+        """
+        if isinstance(image, tuple):
+            return _read_first(image)
+        if (len(image) if isinstance(image, bytes) else image.size) > MAX_FILE_BYTES:
+            raise ImageRefused("file_too_large")
+        return image if isinstance(image, bytes) else self._read_slice(image)
+
+    def _read_slice(self, image: Slice) -> bytes:
+        if self._file is None or self._path != image.path:
+            if self._file is not None:
+                self._file.close()
+            self._path, self._file = image.path, io.FileIO(image.path)
+        self._file.seek(image.start)
+        data = bytearray()
+        while len(data) < image.size:
+            piece = self._file.read(image.size - len(data))
+            if not piece:
+                raise OSError(f"{image.path}: became shorter while it was read")
+            data += piece
+        return bytes(data)
 
 
-def _check_row(images: tuple[ImageFile, ...], resize: Resize | None) -> Checked:
-    try:
-        pictures = tuple(check_image(_read(image)) for image in images)
-    except ImageRefused as refused:
-        return Checked((), refused.reason, refused.detail)
-    return Checked(pictures if resize is None else tuple(resized(one, resize) for one in pictures))
-
-
-def _read(image: ImageFile) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    for path in image:
+def _read_first(paths: tuple[Path, ...]) -> bytes:
+    """The first file that is there."""
+    for path in paths:
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
@@ -50,4 +92,4 @@ def _read(image: ImageFile) -> bytes:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP):
                 raise ImageRefused("unreadable_file", f"{path}: {error.strerror}") from error
             raise  # a fault of the machine, not of the file
-    raise ImageRefused("missing_file", str(image[0]) if image else "no file name")
+    raise ImageRefused("missing_file", str(paths[0]) if paths else "no file name")

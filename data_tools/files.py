@@ -24,10 +24,15 @@ def temporary_path(path: Path) -> Path:
 def publish(path: Path) -> None:
     """Makes a finished temporary file durable and gives it its name in one step."""
     temporary = temporary_path(path)
-    with temporary.open("r+b") as file:
-        os.fsync(file.fileno())
+    sync_file(temporary)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Makes what a file holds durable."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -103,12 +103,8 @@ class Journal:
         """Number of source rows of a split that need not be looked at again."""
         return max((stretch.stop for stretch in self.stretches if stretch.split == split), default=0)
 
-    def num_shards(self, split: str) -> int:
-        """Number of finished shards of a split."""
-        return sum(stretch.split == split and stretch.shard is not None for stretch in self.stretches)
-
     def add(self, stretch: Stretch) -> None:
-        """Notes a finished stretch; its shard must be durable already."""
+        """Notes a finished stretch; its shard must be durable and have its name already."""
         self._file.write(json.dumps(dataclasses.asdict(stretch), sort_keys=True) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

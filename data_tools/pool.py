@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -20,12 +21,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Generator[Result, None, None]:
     """Yields `function(task)` for each task, in the order of the tasks whatever `workers` is.
 
-    At most three tasks a worker are under way or waiting to be taken, so memory does not grow with the
+    At most two tasks a worker are under way or waiting to be taken, so memory does not grow with the
     number of tasks. One worker means this very process. Workers are spawned, not forked: the caller may hold
-    threads.
+    threads. They end with the process that started them, however it ends.
 
     Raises:
         ValueError: `workers` is not positive.
@@ -36,11 +39,13 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
     if workers == 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     try:
         waiting = iter(tasks)
         running: deque[Future[Result]] = deque(
-            pool.submit(function, task) for task in islice(waiting, 3 * workers)
+            pool.submit(function, task) for task in islice(waiting, 2 * workers)
         )
         while running:
             result = running.popleft().result()
@@ -52,3 +57,15 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone: killed, the parent could not tell it, and it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from data_tools.checking import Checked
 from data_tools.dropped import DroppedRow
-from data_tools.files import publish, temporary_path
+from data_tools.files import sync_file
 from data_tools.journal import Stretch
 from data_tools.shard_format import (
     IMAGE_COLUMNS,
@@ -20,12 +20,11 @@ from data_tools.shard_format import (
     TEXT_COLUMNS,
     ShardFormatError,
     ShardInfo,
-    shard_name,
 )
 from data_tools.sources.base import Row
 
-ROWS_PER_SHARD = 16384
-"""Source rows after which a shard ends even if there is room left."""
+ROWS_PER_SHARD = 4096
+"""Source rows after which a shard ends even if there is room left: the work of a process at a time."""
 
 _ROOM = 1 << 20  # of a shard's size for what is not pictures or texts
 
@@ -46,10 +45,17 @@ def open_shard(path: Path, task: str) -> Any:
 
 
 class OpenShard:
-    """The shard being written; nothing is on disk before the first batch is full or the shard is closed."""
+    """The shard being written; nothing is on disk before the first batch is full or the shard is closed.
 
-    def __init__(self, out: Path, task: str, split: str, index: int, start: int) -> None:
-        self._path = out / shard_name(split, index)
+    Args:
+        path: File to write.
+        task: Key of `SCHEMAS`.
+        split: Its split.
+        start: Number of its first row among the source rows of the split.
+    """
+
+    def __init__(self, path: Path, task: str, split: str, start: int) -> None:
+        self._path = path
         self._task, self._split = task, split
         self._start = self._stop = start
         self._schema = SCHEMAS[task]
@@ -60,21 +66,17 @@ class OpenShard:
         self._dropped: Counter[str] = Counter()
         self._listed: list[DroppedRow] = []
 
-    def takes(self, number: int, row: Row, checked: Checked) -> bool:
-        """Whether the row belongs into this shard."""
-        full = self._bytes + _size(row, checked) > MAX_SHARD_BYTES - _ROOM
-        same = row.split == self._split and number == self._stop and number % ROWS_PER_SHARD != 0
-        return same and not (full and self._rows)
+    def takes(self, row: Row, checked: Checked) -> bool:
+        """Whether there is room for the row."""
+        return not self._rows or self._bytes + _size(row, checked) <= MAX_SHARD_BYTES - _ROOM
 
-    def add(self, row: Row, checked: Checked) -> Counter[str]:
-        """Takes a row; returns what is dropped with it."""
+    def add(self, row: Row, checked: Checked) -> None:
+        """Takes the next row, or counts it as dropped."""
         self._stop += 1
-        reasons = Counter(row.dropped)
+        self._dropped.update(row.dropped)
         if checked.reason:
-            reasons[checked.reason] += 1
-        self._dropped.update(reasons)
-        if checked.reason:
-            return reasons
+            self._dropped[checked.reason] += 1
+            return
         record: dict[str, Any] = {**row.columns, "image_id": row.image_id}
         for (image, width, height), picture in zip(IMAGE_COLUMNS[self._task], checked.pictures, strict=True):
             record |= {image: picture.data, width: picture.width, height: picture.height}
@@ -84,7 +86,6 @@ class OpenShard:
         self._bytes += _size(row, checked)
         if len(self._batch) == ROWS_PER_BATCH:
             self._flush()
-        return reasons
 
     def note(self, row: DroppedRow) -> None:
         """Puts a row that was left out on the list."""
@@ -92,7 +93,7 @@ class OpenShard:
 
     def _flush(self) -> None:
         if self._sink is None:
-            self._sink = _HashedFile(temporary_path(self._path))
+            self._sink = _HashedFile(self._path)
             self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
         columns = [
             pa.array([record[field.name] for record in self._batch], field.type) for field in self._schema
@@ -101,7 +102,7 @@ class OpenShard:
         self._batch = []
 
     def close(self) -> Stretch:
-        """Finishes the file and gives it its name."""
+        """Finishes the file and makes it durable."""
         shard = None
         if self._rows:
             if self._batch:
@@ -109,7 +110,7 @@ class OpenShard:
             assert self._sink is not None
             self._writer.close()
             self._sink.close()
-            publish(self._path)
+            sync_file(self._path)
             digest = self._sink.digest.hexdigest()
             shard = ShardInfo(self._path.name, self._rows, self._texts, self._sink.size, digest)
         dropped = dict(sorted(self._dropped.items()))

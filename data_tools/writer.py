@@ -1,22 +1,20 @@
-"""Turns source rows into shards: many processes check pictures, one writes, memory stays bounded.
+"""Turns source rows into shards: many processes write them, one puts them in order, memory stays bounded.
 
 Shards end at fixed source rows (every `shard_file.ROWS_PER_SHARD`) or when full, so their bytes depend on the rows
-alone, not on the number of workers or on how often the conversion was stopped. Each is written to a temporary
-file, made durable, renamed and noted in the journal; the manifest comes last. A conversion that is run again
-keeps the finished shards.
+alone, not on the number of workers or on how often the conversion was stopped. A process writes them to temporary
+files and makes them durable; this one gives them their names in the order of the rows and notes each in the
+journal; the manifest comes last. A conversion that is run again keeps the finished shards.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import islice
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools import shard_file
-from data_tools.checking import Checked, check_rows
 from data_tools.dropped import (
-    HARMLESS,
     LIST_NAME,
     MAX_LISTED,
     DroppedRow,
@@ -24,26 +22,25 @@ from data_tools.dropped import (
     left_out,
     write_list,
 )
+from data_tools.files import sync_folder
 from data_tools.job import ConversionError, Job, header_of
 from data_tools.journal import JOURNAL_NAME, Journal, Stretch
 from data_tools.lock import folder_lock
 from data_tools.merge import PART, STARTS
+from data_tools.pieces import pieces
 from data_tools.pool import map_in_order
-from data_tools.shard_file import OpenShard
 from data_tools.shard_format import (
     MANIFEST_NAME,
-    TEXT_COLUMNS,
     Manifest,
     ShardInfo,
     SourceInfo,
     SplitInfo,
-    check_split_name,
     read_manifest,
+    shard_name,
     write_manifest,
 )
-from data_tools.sources.base import ImageFile, Row
+from data_tools.stretch import Maker
 
-_CHUNK = 32  # rows a task
 _JUDGED_FROM = 1000  # rows: a share of fewer says little, and the end is near
 _EXAMPLES = 3
 
@@ -83,6 +80,7 @@ def _convert(
     report: Report | None,
 ) -> Manifest:
     journal = Journal(out, header)
+    _remove_leftovers(out)
     try:
         _write_shards(job, out, journal, workers, report)
         for path, state in zip(job.annotations, states, strict=True):
@@ -93,6 +91,7 @@ def _convert(
         write_manifest(out, manifest)
     except BaseException:
         journal.close()
+        _remove_leftovers(out)
         raise
     journal.close(remove=True)
     return manifest
@@ -151,35 +150,31 @@ class _Tally:
 
     def __init__(self, job: Job, journal: Journal) -> None:
         self._job = job
+        self.done = 0
         self.dropped: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
+        self._shards: Counter[str] = Counter()
         self._listed: Counter[tuple[str, str]] = Counter()
         self._examples: list[str] = []
         for stretch in journal.stretches:
-            self.dropped.update(stretch.dropped)
-            for entry in stretch.listed:
-                self._list(entry)
-        self.done = sum(stretch.stop - stretch.start for stretch in journal.stretches)
+            self.add(stretch)
 
-    def _list(self, entry: DroppedRow) -> None:
+    def add(self, stretch: Stretch) -> Stretch:
+        """Counts a stretch; returns it with its list of rows left out cut to what there is room for."""
+        self.done += stretch.stop - stretch.start
+        self.dropped.update(stretch.dropped)
+        self._shards[stretch.split] += stretch.shard is not None
+        return replace(stretch, listed=tuple(entry for entry in stretch.listed if self._lists(entry)))
+
+    def _lists(self, entry: DroppedRow) -> bool:
         self._listed[entry.split, entry.reason] += 1
         if is_counted(entry.reason) and len(self._examples) < _EXAMPLES:
             self._examples.append(f"image {entry.id!r}: {entry.reason}: {entry.detail}")
+        return self._listed[entry.split, entry.reason] <= MAX_LISTED
 
-    def add(self, open_shard: OpenShard, number: int, row: Row, checked: Checked) -> None:
-        """Puts a row into the shard, or counts and lists it there."""
-        self.done += 1
-        self.dropped.update(open_shard.add(row, checked))
-        self.changed.update(picture.change for picture in checked.pictures if picture.change)
-        if not checked.reason:
-            return
-        if self._listed[row.split, checked.reason] < MAX_LISTED:
-            detail = checked.detail or row.where
-            entry = DroppedRow.of(row.split, number, row.image_id, checked.reason, detail, self._job.raw)
-            self._list(entry)
-            open_shard.note(entry)
-        if self.done >= _JUDGED_FROM:
-            self.check_budget()
+    def next_name(self, split: str) -> str:
+        """The name of the next shard of a split."""
+        return shard_name(split, self._shards[split])
 
     def check_budget(self) -> None:
         """Raises `ConversionError` if more was dropped than may be."""
@@ -194,53 +189,33 @@ class _Tally:
 def _write_shards(job: Job, out: Path, journal: Journal, workers: int, report: Report | None) -> None:
     """Appends all stretches that the journal does not have."""
     tally = _Tally(job, journal)
-    if job.policy == "error":  # what an earlier run passed over
+    if job.policy == "error" or tally.done >= _JUDGED_FROM:  # what an earlier run passed over
         tally.check_budget()
-    open_shard: OpenShard | None = None
-    for number, row, checked in _checked_rows(job, journal, workers):
-        if checked.reason and checked.reason not in HARMLESS and job.policy == "error":
-            raise ConversionError(f"{row.where}: image {row.image_id!r}: {checked.reason}: {checked.detail}")
-        if open_shard is not None and not open_shard.takes(number, row, checked):
-            journal.add(open_shard.close())
-            open_shard = None
-        if open_shard is None:
-            open_shard = OpenShard(out, job.task, row.split, journal.num_shards(row.split), number)
-        tally.add(open_shard, number, row, checked)
-        if report is not None:
-            report(tally.done, tally.dropped, tally.changed)
-    if open_shard is not None:
-        journal.add(open_shard.close())
+    run = str(os.getpid())
+    maker = Maker(out, job.task, job.raw, job.resize, job.policy == "error", run)
+    with closing(map_in_order(maker, pieces(job, journal, out, run), workers)) as results:
+        for made in results:
+            for stretch in made.stretches:
+                if stretch.shard is not None:
+                    stretch = _name_shard(out, stretch, tally.next_name(stretch.split))
+                journal.add(tally.add(stretch))
+            tally.changed.update(made.changed)
+            if report is not None:
+                report(tally.done, tally.dropped, tally.changed)
+            if tally.done >= _JUDGED_FROM:
+                tally.check_budget()
     tally.check_budget()
 
 
-def _checked_rows(job: Job, journal: Journal, workers: int) -> Iterator[tuple[int, Row, Checked]]:
-    """(number inside its split, row, checked) of the rows that are not done, in order."""
-    under_way: deque[list[tuple[int, Row]]] = deque()
-
-    def tasks() -> Iterator[list[tuple[ImageFile, ...] | None]]:
-        rows = _numbered(job.rows, journal, job.part)
-        while chunk := list(islice(rows, _CHUNK)):
-            under_way.append(chunk)
-            column = TEXT_COLUMNS[job.task]
-            yield [row.images if row.columns[column] and not row.refused else None for _, row in chunk]
-
-    check = partial(check_rows, resize=job.resize)
-    for results in map_in_order(check, tasks(), workers):
-        for (number, row), checked in zip(under_way.popleft(), results, strict=True):
-            yield number, row, Checked((), row.refused) if row.refused else checked
+def _name_shard(out: Path, stretch: Stretch, name: str) -> Stretch:
+    """Gives a finished shard its name."""
+    assert stretch.shard is not None
+    os.replace(out / stretch.shard.file, out / name)
+    sync_folder(out)
+    return replace(stretch, shard=replace(stretch.shard, file=name))
 
 
-def _numbered(rows: Iterable[Row], journal: Journal, part: tuple[int, int]) -> Iterator[tuple[int, Row]]:
-    """Numbers the rows of each split from 0 and leaves out those that are done or of other parts."""
-    split, number, done = "", 0, 0
-    seen: set[str] = set()
-    for row in rows:
-        if row.split != split:
-            check_split_name(row.split)
-            if row.split in seen:
-                raise ConversionError(f"{row.where}: rows of split {row.split!r} do not stand together")
-            seen.add(row.split)
-            split, number, done = row.split, 0, journal.done(row.split)
-        if number >= done and number // shard_file.ROWS_PER_SHARD % part[1] == part[0] - 1:
-            yield number, row
-        number += 1
+def _remove_leftovers(out: Path) -> None:
+    """Removes what runs that were stopped have left unfinished."""
+    for path in out.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from data_tools.sources import (
     vqav2,
     webdataset,
 )
-from data_tools.sources.base import AnnotationError, ImageFile, Request, Row, Source
+from data_tools.sources.base import AnnotationError, ImageFile, Request, Row, Slice, Source
 
 SOURCES: dict[str, Source] = {
     "coco": coco.SOURCE,
@@ -38,4 +38,4 @@ SOURCES: dict[str, Source] = {
     "webdataset": webdataset.SOURCE,
 }
 
-__all__ = ["SOURCES", "AnnotationError", "ImageFile", "Request", "Row", "Source"]
+__all__ = ["SOURCES", "AnnotationError", "ImageFile", "Request", "Row", "Slice", "Source"]

@@ -9,8 +9,18 @@ from typing import Any
 
 MAX_TEXT_BYTES = 10_000
 
-ImageFile = tuple[Path, ...] | bytes
-"""Where a picture is: files of which the first that exists is meant, or the encoded bytes themselves."""
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A picture that lies in a file with others, such as an uncompressed tar: `size` bytes from `start` on."""
+
+    path: Path
+    start: int
+    size: int
+
+
+ImageFile = tuple[Path, ...] | Slice | bytes
+"""Where a picture is: files of which the first that exists is meant, a piece of one, or the bytes themselves."""
 
 
 class AnnotationError(ValueError):

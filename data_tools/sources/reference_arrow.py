@@ -13,10 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data_tools.sources.answers import check_vocabulary
-from data_tools.sources.base import AnnotationError, Request, Row, Source, clean_texts, drop, text_fault
+from data_tools.sources.base import (
+    AnnotationError,
+    Request,
+    Row,
+    Slice,
+    Source,
+    clean_texts,
+    drop,
+    text_fault,
+)
 from data_tools.sources.vqav2 import add_question, empty_columns
 
 _SPLITS = (
@@ -82,35 +92,39 @@ def task(request: Request) -> str:
 
 def _task(path: Path) -> str:
     """The task of one file; empty for one without rows, whose columns may be of any type."""
-    reader = _open(path)
+    reader, _ = _open(path)
     names = set(reader.schema.names)
     for name, columns in _TASKS.items():
         if names >= set(columns):
             return name
-    if not any(batch.num_rows for batch in _batches(path)):
+    if next(_batches(path), None) is None:
         return ""
     expected = "; or ".join(", ".join(columns) for columns in _TASKS.values())
     raise AnnotationError(f"{path}: columns {sorted(names)!r:.300}; expected {expected}")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, Any]:
+    """The reader of a file, and the buffer that is the whole file, mapped."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        whole = pa.memory_map(str(path)).read_buffer()
+        reader = pa.ipc.open_file(whole)
         _ = reader.schema.names  # which need not be UTF-8
-        return reader
+        return reader, whole
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path}: not a readable Arrow file, such as one cut short: {error}") from error
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    reader = _open(path)
+def _batches(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(record batch with rows, whole file)."""
+    reader, whole = _open(path)
     for number in range(reader.num_record_batches):
         try:
             batch = reader.get_batch(number)
             batch.validate(full=True)
         except (OSError, pa.ArrowException) as error:
             raise AnnotationError(f"{path}: record batch {number}: damaged: {error}") from error
-        yield batch
+        if batch.num_rows:
+            yield batch, whole
 
 
 def answers(request: Request) -> list[str]:
@@ -119,23 +133,20 @@ def answers(request: Request) -> list[str]:
         return []
     pairs: set[tuple[int, str]] = set()
     for path in request.annotations:
-        for batch in _batches(path):
-            if not batch.num_rows:
-                continue
-            given, labels = (_leaves(batch.column(name)) for name in ("answers", "answer_labels"))
-            if len(given) != len(labels):
+        for batch, _ in _batches(path):
+            given, numbers = (_leaves(batch.column(name)) for name in ("answers", "answer_labels"))
+            if len(given) != len(numbers):
                 raise AnnotationError(
-                    f"{path}: {len(given)} answers with {len(labels)} labels; expected equal"
+                    f"{path}: {len(given)} answers with {len(numbers)} labels; expected equal"
                 )
-            found = list(zip(labels, given, strict=True))
+            found = list(zip(numbers, given, strict=True))
             if not all(isinstance(label, int) and isinstance(answer, str) for label, answer in found):
                 raise AnnotationError(f"{path}: answers and labels of another type than text and integer")
             pairs.update(found)
     where = ", ".join(path.name for path in request.annotations)
     wrong = [label for label, count in Counter(label for label, _ in pairs).items() if count > 1]
-    missing = sorted(
-        set(range(max((label for label, _ in pairs), default=0) + 1)) - {label for label, _ in pairs}
-    )
+    labels = {label for label, _ in pairs}
+    missing = sorted(set(range(max(labels, default=0) + 1)) - labels)
     if wrong or missing or not pairs:
         fault = f"label {wrong[0]} has several answers" if wrong else f"label {missing[0]} has no answer"
         raise AnnotationError(f"{where}: {fault} in these files; give --answers")
@@ -157,15 +168,26 @@ def rows(request: Request) -> Iterator[Row]:
         make = partial(_vqa, labels={answer: label for label, answer in enumerate(request.answers)})
     for path in sorted(request.annotations, key=lambda path: _place(path)[1:]):
         split, number = _SPLITS[_place(path)[1]], 0
-        for batch in _batches(path):
-            if not batch.num_rows:
-                continue
-            columns = [batch.column(key) for key in _TASKS[name]]
-            for index in range(batch.num_rows):
-                values = (column[index].as_py() for column in columns)
+        for batch, whole in _batches(path):
+            columns = [_values(batch.column(key), path, whole) for key in _TASKS[name]]
+            for values in zip(*columns, strict=True):
                 record = dict(zip(_TASKS[name], values, strict=True))
                 yield make(record, split, f"{path}: row {number}", f"{path.stem}/{number}")
                 number += 1
+
+
+def _values(column: Any, path: Path, whole: Any) -> Iterator[Any]:
+    """The values of a column; of pictures their places in the file, if it is not compressed."""
+    is_small = column.type == pa.binary()
+    if is_small or column.type == pa.large_binary():
+        _, offsets, data = column.buffers()
+        first = data.address - whole.address if data is not None else -1
+        if 0 <= first <= whole.size - data.size:
+            ends = np.frombuffer(offsets, np.int32 if is_small else np.int64)[column.offset :].tolist()
+            for valid, start, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
+                yield Slice(path, first + start, end - start) if valid else None
+            return
+    yield from (value.as_py() for value in column)
 
 
 def _caption(record: Record, split: str, where: str, _: str) -> Row:
@@ -250,9 +272,9 @@ _MAKE: dict[str, Callable[..., Row]] = {
 }
 
 
-def _image(record: Record, key: str, where: str) -> bytes:
+def _image(record: Record, key: str, where: str) -> bytes | Slice:
     value = record[key]
-    if value is not None and not isinstance(value, bytes):
+    if value is not None and not isinstance(value, (bytes, Slice)):
         raise AnnotationError(f"{where}: {key}: found {value!r:.80}, expected the bytes of a picture")
     return value or b""
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_tools.checking import PictureReader
 from data_tools.sources import Row
 from data_tools.verify import verify
 from data_tools.writer import Job
@@ -39,6 +40,12 @@ def job(rows: Sequence[Row] | Iterator[Row], folder: Path, policy: str = "skip",
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stored(row: Row) -> list[bytes]:
+    """The bytes of a row's pictures, wherever they lie."""
+    with PictureReader() as reader:
+        return [reader.read(image) for image in row.images]
 
 
 def faults(folder: Path) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 
 from data_tools.cli import main
 from data_tools.shard_format import read_manifest
-from data_tools.sources import SOURCES, AnnotationError, Request, Row
-from tests.helpers.conversion import faults, picture
+from data_tools.sources import SOURCES, AnnotationError, Request, Row, Slice
+from tests.helpers.conversion import faults, picture, stored
 
 SOURCE = SOURCES["reference-arrow"]
 Rows = list[dict[str, Any]]
@@ -57,7 +57,8 @@ def test_captions(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert [row.split for row in found] == [s for s in ("train", "restval", "val", "test") for _ in range(3)]
     assert found[0].image_id == "3.jpg"
-    assert found[0].images == (picture(3),)
+    assert stored(found[0]) == [picture(3)]
+    assert isinstance(found[0].images[0], Slice)  # not read before a worker wants it
     assert found[0].columns == {"captions": ["c3", "d3"]}
     assert found[0].dropped == {"duplicate_text": 1}
     assert found[2].where.endswith("coco_caption_karpathy_train.arrow: row 2")
@@ -177,7 +178,7 @@ def test_statements(tmp_path: Path) -> None:
     }
     write(tmp_path / "raw" / "nlvr2_dev.arrow", [row])
     (found,) = read(tmp_path / "raw")
-    assert (found.split, found.image_id, found.images) == ("dev", "dev-850-0", (picture(1), picture(2)))
+    assert (found.split, found.image_id, stored(found)) == ("dev", "dev-850-0", [picture(1), picture(2)])
     assert found.columns == {
         "statements": ["Both are red.", "One is."],
         "identifiers": ["dev-850-0-0", "dev-850-0-2"],
@@ -207,6 +208,17 @@ def test_entailment(tmp_path: Path) -> None:
         write(tmp_path / "bad" / "snli_test.arrow", [{**row, **change}])
         with pytest.raises(AnnotationError, match=message):
             read(tmp_path / "bad")
+
+
+def test_compressed_files_and_missing_pictures(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([*captions(0, 2), {**captions(2, 1)[0], "image": None}])
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        pa.OSFile(str(tmp_path / "vg.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=options) as writer,
+    ):
+        writer.write_table(table)
+    assert [stored(row) for row in read(tmp_path)] == [[picture(0)], [picture(1)], [b""]]
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:

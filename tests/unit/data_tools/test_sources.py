@@ -28,7 +28,7 @@ def karpathy(number: int, split: str, captions: list[str], **changes: Any) -> di
 
 def names(row: Row, raw: Path) -> list[str]:
     (files,) = row.images
-    assert not isinstance(files, bytes)
+    assert isinstance(files, tuple)
     return [path.relative_to(raw).as_posix() for path in files]
 
 

@@ -1,5 +1,6 @@
 """Flickr, CC12M, and the forms people have their own data in."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -13,7 +14,8 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.shard_format import read_manifest
-from data_tools.sources import SOURCES, AnnotationError, Request, Row
+from data_tools.sources import SOURCES, AnnotationError, Request, Row, Slice
+from tests.helpers.conversion import stored
 
 
 def jpeg(number: int) -> bytes:
@@ -193,9 +195,25 @@ def test_webdataset(tmp_path: Path) -> None:
         ("train", "d/002", [], ""),
         ("train", "003", ["no picture"], ""),
     ]
-    assert [row.images for row in found] == [(jpeg(0),), (jpeg(1),), (jpeg(2),), ((),)]
+    assert [stored(row) for row in found[:3]] == [[jpeg(0)], [jpeg(1)], [jpeg(2)]]
+    assert found[3].images == ((),)
     (first, *_) = rows("webdataset", tmp_path, caption_column="caption")
     assert first.columns == {"captions": ["not this one"]}
+
+
+def test_compressed_tars_give_the_same_rows(tmp_path: Path) -> None:
+    members = {f"{i}.{s}": d for i in range(3) for s, d in (("jpg", jpeg(i)), ("txt", b"a"))}
+    make_tar(tmp_path / "plain" / "0.tar", members)
+    data = (tmp_path / "plain" / "0.tar").read_bytes()
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "0.tar.gz").write_bytes(gzip.compress(data))
+    plain, packed = rows("webdataset", tmp_path / "plain"), rows("webdataset", tmp_path / "gz")
+    assert brief(plain) == brief(packed)
+    assert [stored(row) for row in plain] == [stored(row) for row in packed] == [[jpeg(i)] for i in range(3)]
+    assert isinstance(plain[0].images[0], Slice)  # not read before a worker wants it
+    (tmp_path / "gz" / "0.tar.gz").write_bytes(gzip.compress(data)[:-300])
+    with pytest.raises(AnnotationError, match=r"0\.tar\.gz: not a readable tar file"):
+        rows("webdataset", tmp_path / "gz")
 
 
 def test_links_and_devices_in_tars_are_passed_over(tmp_path: Path) -> None:
@@ -229,9 +247,7 @@ def test_bad_text_members_are_named(tmp_path: Path) -> None:
 
 def test_img2dataset_in_all_its_formats_gives_the_same_rows(tmp_path: Path) -> None:
     def captions(found: list[Row]) -> list[tuple[list[str], bytes]]:
-        images = [row.images[0] for row in found]
-        data = [image if isinstance(image, bytes) else image[0].read_bytes() for image in images]
-        return [(row.columns["captions"], image) for row, image in zip(found, data, strict=True)]
+        return [(row.columns["captions"], *stored(row)) for row in found]
 
     members: dict[str, bytes] = {}
     for i in range(3):
