@@ -22,14 +22,16 @@ def _coco_split(index: int) -> str:
     )
 
 
-def _coco_picture(index: int) -> str:
+def coco_picture(index: int) -> str:
+    """Where COCO's picture lies."""
     folder = "train2014" if _coco_split(index) == "train" else "val2014"
     return f"{folder}/COCO_{folder}_{index + 1:012d}.jpg"
 
 
-def _coco_describe(index: int, scenes: Sequence[Scene], draw: Draw, image_size: int) -> Record:
+def coco_describe(index: int, scenes: Sequence[Scene], draw: Draw, image_size: int) -> Record:
+    """An entry of the Karpathy JSON."""
     captions = write_captions(scenes[0], draw, CAPTIONS_PER_IMAGE)
-    folder, name = _coco_picture(index).split("/")
+    folder, name = coco_picture(index).split("/")
     sentence_ids = [index * CAPTIONS_PER_IMAGE + i for i in range(len(captions))]
     return {
         "filepath": folder,
@@ -43,6 +45,23 @@ def _coco_describe(index: int, scenes: Sequence[Scene], draw: Draw, image_size: 
         ],
         "cocoid": index + 1,
     }
+
+
+def _official_write(folder: Path, records: Iterable[Record]) -> None:
+    """COCO's own files: the pictures, then the captions, of one set each."""
+    (folder / "annotations").mkdir(exist_ok=True)
+    kept = {"train2014": list[Record](), "val2014": list[Record]()}
+    for record in records:
+        kept[record["filepath"]].append(record)
+    with text_files(folder, *[f"annotations/captions_{name}.json" for name in kept]) as files:
+        for file, own in zip(files, kept.values(), strict=True):
+            images = [{"id": record["cocoid"], "file_name": record["filename"]} for record in own]
+            annotations = [
+                {"id": one["sentid"], "image_id": record["cocoid"], "caption": one["raw"]}
+                for record in own
+                for one in record["sentences"]
+            ]
+            json.dump({"images": images, "annotations": annotations}, file)
 
 
 def _coco_write(folder: Path, records: Iterable[Record]) -> None:
@@ -200,7 +219,8 @@ def _flickr_write(
 
 
 CAPTION_LAYOUTS: dict[str, Layout] = {
-    "coco": Layout(lambda index: (_coco_picture(index),), _coco_describe, _coco_write),
+    "coco": Layout(lambda index: (coco_picture(index),), coco_describe, _coco_write),
+    "coco-official": Layout(lambda index: (coco_picture(index),), coco_describe, _official_write),
     "vg": Layout(lambda index: (vg_picture(index),), _vg_describe, _vg_write),
     "cc3m": Layout(lambda index: (_cc3m_picture(index),), _cc3m_describe, _cc3m_write),
     "cc12m": Layout(lambda index: (f"cc12m_image/{index}.jpg",), _cc3m_describe, _cc12m_write),

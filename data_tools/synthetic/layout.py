@@ -27,6 +27,7 @@ class Layout:
 
     Attributes:
         pictures: index -> paths of its JPEGs below the layout's folder: one, for some layouts two.
+            `write` may pack them into other files and remove them.
         describe: (index, scenes, draws, image size) -> record.
         write: (folder, records in order) writes the annotation files.
     """
