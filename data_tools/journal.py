@@ -110,8 +110,10 @@ class Journal:
         os.fsync(self._file.fileno())
         self.stretches.append(stretch)
 
-    def close(self, remove: bool = False) -> None:
-        """Ends; `remove` once the manifest stands."""
+    def close(self) -> None:
+        """Ends."""
         self._file.close()
-        if remove:
-            self._path.unlink()
+
+    def remove(self) -> None:
+        """Removes the file, once the manifest stands."""
+        self._path.unlink()

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from data_tools.shard_file import open_shard
 from data_tools.shard_format import TEXT_COLUMNS, Manifest, SplitInfo, read_manifest
 from data_tools.sources import SOURCES
+from data_tools.sources.base import Published
 
 _MAX_WORDS = 1000  # longer texts count as this long
 
@@ -24,7 +25,7 @@ class SplitStats:
         bytes: Bytes of the shards.
         words: Quantiles 0, 0.5, 0.95 and 1 of the words of a text.
         mean_words: Mean words of a text.
-        published: (images, texts) as usually counted, None where not known.
+        published: (images, texts) as usually counted.
     """
 
     rows: int
@@ -32,7 +33,7 @@ class SplitStats:
     bytes: int
     words: tuple[int, int, int, int]
     mean_words: float
-    published: tuple[int, int] | None
+    published: Published
 
 
 def collect(folder: Path) -> tuple[Manifest, dict[str, SplitStats]]:
@@ -52,16 +53,16 @@ def collect(folder: Path) -> tuple[Manifest, dict[str, SplitStats]]:
             bytes=sum(shard.bytes for shard in split.shards),
             words=_quantiles(lengths),
             mean_words=float((lengths * np.arange(len(lengths))).sum() / max(1, lengths.sum())),
-            published=published.get(name),
+            published=published.get(name, (None, None)),
         )
     return manifest, stats
 
 
-def _published(manifest: Manifest) -> dict[str, tuple[int, int]]:
+def _published(manifest: Manifest) -> dict[str, Published]:
     source = SOURCES.get(manifest.dataset)
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, Published] = {}
     for file in manifest.sources:
-        own: Mapping[str, tuple[int, int]] = {}
+        own: Mapping[str, Published] = {}
         if source is not None:
             own = source.published.get(Path(file.file).name, {})
         counts.update(own)
@@ -99,7 +100,7 @@ def as_text(manifest: Manifest, stats: Mapping[str, SplitStats]) -> str:
         )
     )
     for name, split in stats.items():
-        images, texts = split.published or ("-", "-")
+        images, texts = ("-" if number is None else number for number in split.published)
         words = " ".join(map(str, split.words)) + f" {split.mean_words:.1f}"
         size = f"{split.bytes / 2**20:.1f}"
         lines.append(form.format(name, split.rows, images, split.texts, texts, size, words))

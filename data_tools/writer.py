@@ -89,11 +89,14 @@ def _convert(
         write_list(out, (row for stretch in journal.stretches for row in stretch.listed))
         manifest = _manifest(header, journal.stretches)
         write_manifest(out, manifest)
-    except BaseException:
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # from writing, such as to a full disk
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        raise
+    finally:
         journal.close()
         _remove_leftovers(out)
-        raise
-    journal.close(remove=True)
+    journal.remove()
     return manifest
 
 

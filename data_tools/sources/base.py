@@ -69,6 +69,9 @@ class Request:
     answers: Sequence[str] = ()
 
 
+Published = tuple[int | None, int | None]
+
+
 @dataclass(frozen=True)
 class Source:
     """How a data set is read.
@@ -79,13 +82,14 @@ class Source:
         rows: Yields the rows of a request.
         answers: The answer vocabulary that the annotation files of a request give; None: the task has none.
         task_of: The task of the files of a request, where it depends on them.
-        published: Annotation file -> split -> (images, texts) as usually counted, for `stats`.
+        published: Annotation file -> split -> (images, texts) as usually counted, for `stats`; None where no
+            number is known.
     """
 
     task: str
     find: Callable[[Path], list[Path]]
     rows: Callable[[Request], Iterator[Row]]
-    published: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    published: Mapping[str, Mapping[str, Published]] = field(default_factory=dict)
     answers: Callable[[Request], list[str]] | None = None
     task_of: Callable[[Request], str] | None = None
 

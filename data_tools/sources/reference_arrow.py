@@ -286,13 +286,28 @@ def _list(record: Record, key: str, kind: type | tuple[type, ...], where: str) -
     return value
 
 
-_PUBLISHED = {
+_PUBLISHED: dict[str, tuple[str, int | None, int | None]] = {
     "coco_caption_karpathy_train": ("train", 82_783, 414_113),
     "coco_caption_karpathy_restval": ("restval", 30_504, 152_634),
     "coco_caption_karpathy_val": ("val", 5_000, 25_010),
     "coco_caption_karpathy_test": ("test", 5_000, 25_010),
+    "f30k_caption_karpathy_train": ("train", 29_000, 145_000),
+    "f30k_caption_karpathy_val": ("val", 1_014, 5_070),
+    "f30k_caption_karpathy_test": ("test", 1_000, 5_000),
+    "conceptual_caption_train_0": ("train", 3_318_333, 3_318_333),  # all files of the split
+    "conceptual_caption_val_0": ("val", 15_840, 15_840),
+    "sbu_0": ("train", 1_000_000, 1_000_000),
+    "vg": ("train", 108_077, None),
     "vqav2_train_fix": ("train", 82_774, 435_174),
     "vqav2_val_fix": ("val", 40_503, 210_207),
+    "vgqa_train": ("train", None, 846_015),
+    "vgqa_val": ("val", None, 85_851),
+    "nlvr2_train": ("train", 46_724, 86_373),
+    "nlvr2_dev": ("dev", 3_491, 6_982),
+    "nlvr2_test1": ("test1", 3_484, 6_967),
+    "snli_train": ("train", 29_783, 529_527),
+    "snli_dev": ("dev", 1_000, 17_858),
+    "snli_test": ("test", 1_000, 17_901),
 }
 
 SOURCE = Source(
