@@ -43,8 +43,29 @@ def rows(folder: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
 def as_text(row: dict[str, Any], task: str) -> str:
     """One row for people; pictures as their sizes."""
     sizes = [f"{row[w]}x{row[h]}, {len(row[i])} bytes" for i, w, h in IMAGE_COLUMNS[task]]
-    texts = "".join(f"\n    {text}" for text in row[TEXT_COLUMNS[task]])
+    texts = "".join(f"\n    {text}" for text in shown_texts(row, task))
     return f"{row['split']} {row['image_id']} ({'; '.join(sizes)}){texts}"
+
+
+def shown_texts(row: dict[str, Any], task: str) -> list[str]:
+    """The texts of a row, each with what its task says about it."""
+    texts: list[str] = row[TEXT_COLUMNS[task]]
+    if task == "vqa":
+        notes = [
+            ", ".join(f"{answer} {score:g}" for answer, score in zip(*own, strict=True)) or "(no answers)"
+            for own in zip(row["answers"], row["scores"], strict=True)
+        ]
+    elif task == "nlvr2":
+        notes = [("false", "true")[label] for label in row["labels"]]
+    elif task == "entailment":
+        names = ("contradicts", "neutral to", "entailed by")
+        notes = [
+            f"{names[label]}: {premise}"
+            for label, premise in zip(row["labels"], row["premises"], strict=True)
+        ]
+    else:
+        return texts
+    return [f"{text} -- {note}" for text, note in zip(texts, notes, strict=True)]
 
 
 def contact_sheet(folder: Path, count: int, split: str | None = None) -> Image.Image:
@@ -65,15 +86,16 @@ def contact_sheet(folder: Path, count: int, split: str | None = None) -> Image.I
 def _tile(row: dict[str, Any], task: str) -> Image.Image:
     tile = Image.new("RGB", (_TILE + 2 * _MARGIN, _TILE + 2 * _MARGIN + _LINES * _LINE_HEIGHT), "white")
     images = [decode_rgb(row[image]) for image, _, _ in IMAGE_COLUMNS[task]]
-    room = _TILE // len(images)
+    room = (_TILE - _MARGIN * (len(images) - 1)) // len(images)
     for place, image in enumerate(images):
         scale = min(room / image.width, _TILE / image.height)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-        left, top = _MARGIN + place * room + (room - size[0]) // 2, _MARGIN + (_TILE - size[1]) // 2
+        left = _MARGIN + place * (room + _MARGIN) + (room - size[0]) // 2
+        top = _MARGIN + (_TILE - size[1]) // 2
         tile.paste(image.resize(size, smooth), (left, top))
-    texts = [f"{row['split']} {row['image_id']}", *row[TEXT_COLUMNS[task]][:_TEXTS_SHOWN]]
-    lines = [line for text in texts for line in textwrap.wrap(str(text), _LINE_WIDTH)][:_LINES]
+    texts = [row["split"], row["image_id"], *(f"- {text}" for text in shown_texts(row, task)[:_TEXTS_SHOWN])]
+    lines = [line for text in texts for line in textwrap.wrap(text, _LINE_WIDTH)][:_LINES]
     draw = ImageDraw.Draw(tile)
     font = ImageFont.load_default()
     for number, line in enumerate(lines):

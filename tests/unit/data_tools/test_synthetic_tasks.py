@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools import peek
 from data_tools.cli import main
 from data_tools.shard_format import SplitInfo, read_manifest
 from data_tools.synthetic.draw import Draw
@@ -151,3 +152,8 @@ def test_every_layout_converts(layout: str, tmp_path: Path) -> None:
         assert sum(info.texts for info in splits.values()) == NUMBER * TEXTS.get(layout, 5)
         assert manifest.dropped == {}
     assert len(splits) == SPLITS.get(layout, 3)
+    assert peek.contact_sheet(out, 5).width > 400
+    row = next(peek.rows(out, "train"))
+    (text, *_) = peek.shown_texts(row, manifest.task)
+    notes = {"vqa": r".*\? -- \w+ [01].*", "nlvr2": r".* -- (true|false)", "entailment": r".* -- \w+.*: .*"}
+    assert re.fullmatch(notes.get(manifest.task, r"[^-]+"), text), text
