@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_tools import cli_convert, cli_fetch
 from data_tools.cli_convert import print_splits
+from data_tools.options import BadOption
 from data_tools.pool import available_cores
 from data_tools.progress import Progress
 
@@ -15,13 +16,16 @@ from data_tools.progress import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Errors of the input are one line on stderr."""
+    """Runs one command; returns the exit status: 1 for wrong input, 2 for wrong options, 130 interrupted.
+
+    Errors are one line on stderr.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"data_tools {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadOption) else 1
     except KeyboardInterrupt:
         print(
             f"data_tools {options.command}: interrupted; the same command goes on from here", file=sys.stderr

@@ -8,7 +8,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from data_tools.pool import available_cores
+from data_tools.options import BadOption
+from data_tools.pool import available_cores, check_workers
 from data_tools.progress import Progress
 
 # What converting needs is imported when it runs: worker processes import this module too.
@@ -65,7 +66,9 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
 def _convert(options: argparse.Namespace) -> int:
     from data_tools.writer import convert
 
+    check_workers(options.workers)
     job = _job(options)
+    job.check()
     progress = Progress()
     changed_in_all: Counter[str] = Counter()
 
@@ -137,7 +140,7 @@ def _resize(options: argparse.Namespace) -> Any:
 
     if options.resize_short_side is None:
         if options.quality is not None:
-            raise ValueError(
+            raise BadOption(
                 "--quality is of --resize-short-side; pictures that stay as they are have their own"
             )
         return None

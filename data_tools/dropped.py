@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_tools.files import write_atomically
 from data_tools.images import REASONS
+from data_tools.options import BadOption
 
 LIST_NAME = "dropped.jsonl"
 MAX_LISTED = 1000
@@ -109,7 +110,7 @@ class Budget:
             ("--max-missing-share", self.max_missing_share),
         ):
             if not 0 <= share <= 1:
-                raise ValueError(f"{option} {share}: expected a number from 0 to 1")
+                raise BadOption(f"{option} {share}: expected a number from 0 to 1")
 
     def excess(self, rows: int, dropped: Mapping[str, int]) -> str:
         """What exceeds the budget after so many source rows, as a sentence; empty if nothing does."""

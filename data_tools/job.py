@@ -1,7 +1,9 @@
 """What is to be converted, and how."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from data_tools.shard_format import FORMAT_VERSION, SourceInfo
 from data_tools.sources.base import Row
 
 POLICIES = ("skip", "error")
+_HASH_THREADS = 8
 
 
 class ConversionError(ValueError):
@@ -73,13 +76,15 @@ def header_of(job: Job) -> dict[str, Any]:
         options |= {"resize_short_side": job.resize.short_side, "quality": job.resize.quality}
     if job.part != (1, 1):
         options[PART] = "{}/{}".format(*job.part)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # tars and the like are as large as the data set
+        sources = list(pool.map(partial(_source_info, job.raw), job.annotations))
     return {
         "format_version": FORMAT_VERSION,
         "dataset": job.dataset,
         "task": job.task,
         "tool_version": TOOL_VERSION,
         "options": options,
-        "sources": [_source_info(job.raw, path).__dict__ for path in job.annotations],
+        "sources": [source.__dict__ for source in sources],
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_tools.dropped import DroppedRow, read_list, write_list
 from data_tools.files import publish, temporary_path
 from data_tools.lock import folder_lock
+from data_tools.options import BadOption
 from data_tools.shard_format import (
     MANIFEST_NAME,
     Manifest,
@@ -100,7 +101,10 @@ def _check_parts(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
         if PART not in manifest.options:
             raise MergeError(f"{part}: is no part; expected folders written with `convert --part I/N`")
-        number, of = parse_part(str(manifest.options[PART]))
+        try:
+            number, of = parse_part(str(manifest.options[PART]))
+        except BadOption as error:
+            raise MergeError(f"{part / MANIFEST_NAME}: options: {error}") from error
         total = total or of
         if of != total:
             raise MergeError(f"{part}: is part {number} of {of}, but {parts[0]} is one of {total}")
@@ -129,11 +133,11 @@ def parse_part(text: str) -> tuple[int, int]:
     """Reads I/N, such as "2/8" -> (2, 8).
 
     Raises:
-        MergeError: It is not I/N with 1 <= I <= N.
+        BadOption: It is not I/N with 1 <= I <= N.
     """
     number, _, of = text.partition("/")
     if not (number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
-        raise MergeError(f"part {text!r}: expected I/N, such as 2/8")
+        raise BadOption(f"--part {text!r}: expected I/N, such as 2/8")
     if not 1 <= int(number) <= int(of):
-        raise MergeError(f"part {text!r}: expected 1 <= I <= N")
+        raise BadOption(f"--part {text!r}: expected 1 <= I <= N")
     return int(number), int(of)

@@ -10,6 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from data_tools.options import BadOption
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -19,6 +21,16 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_workers(workers: int) -> None:
+    """Refuses a number of processes that cannot be.
+
+    Raises:
+        BadOption: It is not positive.
+    """
+    if workers < 1:
+        raise BadOption(f"--workers {workers}: expected at least 1")
 
 
 def map_in_order(
@@ -31,11 +43,10 @@ def map_in_order(
     threads. They end with the process that started them, however it ends.
 
     Raises:
-        ValueError: `workers` is not positive.
+        BadOption: `workers` is not positive.
         RuntimeError: A worker process died (most often for lack of memory).
     """
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: expected at least 1")
+    check_workers(workers)
     if workers == 1:
         yield from map(function, tasks)
         return

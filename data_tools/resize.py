@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from data_tools.images import MIN_SIDE, Picture
+from data_tools.options import BadOption
 
 RESIZED = "resized"
 DEFAULT_QUALITY = 90
@@ -31,9 +32,9 @@ class Resize:
             ValueError: The side is shorter than any accepted picture's, or the quality out of range.
         """
         if self.short_side < MIN_SIDE:
-            raise ValueError(f"--resize-short-side {self.short_side}: expected at least {MIN_SIDE} pixels")
+            raise BadOption(f"--resize-short-side {self.short_side}: expected at least {MIN_SIDE} pixels")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality}: expected 1 to 100")
+            raise BadOption(f"--quality {self.quality}: expected 1 to 100")
 
 
 def resized(picture: Picture, resize: Resize) -> Picture:

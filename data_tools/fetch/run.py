@@ -14,6 +14,7 @@ from data_tools.fetch.links import Link
 from data_tools.fetch.request import TRANSIENT, FetchError, Limits, download, host_of
 from data_tools.fetch.schedule import Politeness, run_in_order
 from data_tools.files import temporary_path, write_atomically
+from data_tools.options import BadOption
 
 _MAX_WAIT = 60.0  # seconds between two tries, whatever a server asks for
 
@@ -54,9 +55,9 @@ class Settings:
             ("--max-mib", self.limits.max_bytes, 1),
         ):
             if value < least:
-                raise ValueError(f"{option} {value}: expected at least {least}")
+                raise BadOption(f"{option} {value}: expected at least {least}")
         if not 0 < self.limits.timeout < float("inf"):
-            raise ValueError(f"--timeout {self.limits.timeout}: expected seconds, more than 0")
+            raise BadOption(f"--timeout {self.limits.timeout}: expected seconds, more than 0")
 
 
 @dataclass(frozen=True)

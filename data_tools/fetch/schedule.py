@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from data_tools.options import BadOption
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -34,9 +36,9 @@ class Politeness:
             ValueError: Names the setting.
         """
         if self.per_host < 1:
-            raise ValueError(f"--per-host {self.per_host}: expected at least 1")
+            raise BadOption(f"--per-host {self.per_host}: expected at least 1")
         if not 0 <= self.interval < float("inf"):
-            raise ValueError(f"--host-interval {self.interval}: expected seconds, at least 0")
+            raise BadOption(f"--host-interval {self.interval}: expected seconds, at least 0")
 
 
 def run_in_order(
@@ -58,7 +60,7 @@ def run_in_order(
     """
     politeness.check()
     if threads < 1:
-        raise ValueError(f"--workers {threads}: expected at least 1")
+        raise BadOption(f"--workers {threads}: expected at least 1")
     run = _Run(tasks, work, threads, politeness)
     try:
         yield from run.results()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_tools.files import write_atomically
 from data_tools.lock import folder_lock
+from data_tools.options import BadOption
 from data_tools.pool import map_in_order
 from data_tools.synthetic.draw import Draw
 from data_tools.synthetic.layout import HELD_OUT, Record
@@ -47,16 +48,17 @@ def write_worlds(
     world is extended.
 
     Raises:
-        ValueError: Unknown layout, impossible number, or a folder that holds another world or is being
+        BadOption: Unknown layout or impossible number.
+        ValueError: A folder that holds another world or is being
             written by another run.
     """
     for layout in layouts:
         if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r}: expected one of {list(LAYOUTS)}")
+            raise BadOption(f"layout {layout!r}: expected one of {list(LAYOUTS)}")
     if num_images < 1 or workers < 1:
-        raise ValueError(f"--num-images {num_images}, --workers {workers}: both must be at least 1")
+        raise BadOption(f"--num-images {num_images}, --workers {workers}: both must be at least 1")
     if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"--image-size {image_size}: expected at least {MIN_IMAGE_SIZE}")
+        raise BadOption(f"--image-size {image_size}: expected at least {MIN_IMAGE_SIZE}")
     wanted = {"world_version": WORLD_VERSION, "seed": seed, "image_size": image_size}
     missing = [layout for layout in layouts if not _is_complete(out / layout, num_images, wanted)]
     out.mkdir(parents=True, exist_ok=True)

@@ -239,10 +239,10 @@ def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert TRAIN in capsys.readouterr().err
     (tmp_path / TRAIN).write_text("", "utf-8")
     for more in (["--workers", "0"], ["--per-host", "0"], ["--retries", "-1"], ["--max-mib", "0"]):
-        assert main([*command, *more]) == 1
+        assert main([*command, *more]) == 2
         assert " ".join(more[:1]) in capsys.readouterr().err
     for more in (["--timeout", "0"], ["--timeout", "nan"], ["--host-interval", "-1"]):
-        assert main([*command, *more]) == 1
+        assert main([*command, *more]) == 2
     with folder_lock(tmp_path):
         assert main(command) == 1
     assert "is being written by" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from data_tools import shard_file
 from data_tools.cli import main
 from data_tools.merge import MergeError, merge, parse_part
+from data_tools.options import BadOption
 from data_tools.shard_format import MANIFEST_NAME
 from data_tools.sources import Row
 from data_tools.writer import Job, convert
@@ -84,11 +85,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*convert_coco, str(tmp_path / part[0]), "--part", part]) == 0
     assert main(["merge", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "out")]) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert main([*convert_coco, str(tmp_path / "3"), "--part", "3/2"]) == 1
+    assert main([*convert_coco, str(tmp_path / "3"), "--part", "3/2"]) == 2
     assert "1 <= I <= N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "a/2", "1/²", "1/2/3", "-1/2"])
 def test_part_texts(text: str) -> None:
-    with pytest.raises(MergeError):
+    with pytest.raises(BadOption, match="--part"):
         parse_part(text)

@@ -1,12 +1,17 @@
 """Small pieces of the real data sets, where they are at hand; their photos are never copied."""
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data_tools import peek
 from data_tools.cli import main
 from data_tools.images import ImageRefused, check_image, decode_rgb
 from data_tools.shard_format import Manifest, read_manifest
@@ -47,6 +52,8 @@ def test_vg(tmp_path: Path) -> None:
     manifest, counts = convert("vg", "vg", tmp_path / "out")
     assert counts == {"train": (4, 1023 - 48)}
     assert manifest.dropped == {"duplicate_text": 48}
+    manifest, _ = convert("vg", "vg/rows-without-images", tmp_path / "rows")
+    assert manifest.dropped == {"missing_file": 1, "duplicate_text": 10}
 
 
 def test_cc3m_and_sbu_rows(tmp_path: Path) -> None:
@@ -83,6 +90,8 @@ def test_questions(tmp_path: Path) -> None:
     assert len(manifest.options["answers"]) == 3129
     _, counts = convert("vqav2", "vqa/for-coco-train2017-images", tmp_path / "vqa17", *images)
     assert counts == {"train": (25, 39 - 1)}
+    manifest, _ = convert("vqav2", "vqa/rows-without-images", tmp_path / "vqa-rows", *images[2:])
+    assert manifest.dropped == {"missing_file": 195, "no_text": 4, "no_known_answer": 4}  # 199 pictures
     manifest, counts = convert("vgqa", "vg", tmp_path / "vgqa", "--answers", str(tmp_path / "vqa"))
     assert counts["train"][0] == 4
     assert counts["train"][1] + sum(manifest.dropped.values()) == 580
@@ -91,6 +100,8 @@ def test_questions(tmp_path: Path) -> None:
 def test_nlvr2_and_entailment(tmp_path: Path) -> None:
     _, counts = convert("nlvr2", "nlvr2", tmp_path / "nlvr2")
     assert counts == {"dev": (4, 8), "test1": (4, 8)}
+    manifest, _ = convert("nlvr2", "nlvr2/rows-without-images", tmp_path / "rows")
+    assert manifest.dropped == {"missing_file": 115}  # the pairs of 200 statements
     for name, expected in (("sample_pairs.allennlp", (2, 16)), ("sample_data.cpuknows", (5, 5))):
         more = ("--annotations", f"{name}.jsonl", "--images", str(REAL / "flickr30k"))
         _, counts = convert("snli_ve", "snli-ve", tmp_path / name, *more)
@@ -102,6 +113,65 @@ def test_cc12m_and_tars(tmp_path: Path) -> None:
     assert manifest.dropped == {"missing_file": 5}
     manifest, _ = convert("webdataset", "webdataset/clip-retrieval", tmp_path / "tars")
     assert manifest.dropped == {"no_text": 4 + 3 + 2 + 2}
+    manifest, _ = convert("webdataset", "webdataset/webdataset", tmp_path / "tgz")
+    assert manifest.dropped == {"no_text": 90}  # digits with a class
+
+
+def coco_photos() -> list[tuple[str, bytes, list[str]]]:
+    """(name, file, captions) of the train2017 photos at hand."""
+    tree = json.loads((REAL / "coco" / "annotations" / "captions_train2017.json").read_text("utf-8"))
+    captions: dict[int, list[str]] = {}
+    for one in tree["annotations"]:
+        captions.setdefault(one["image_id"], []).append(one["caption"].strip())
+    folder = REAL / "coco" / "train2017"
+    return [
+        (i["file_name"], (folder / i["file_name"]).read_bytes(), captions[i["id"]]) for i in tree["images"]
+    ]
+
+
+def test_real_photos_in_every_other_form(tmp_path: Path) -> None:
+    photos = coco_photos()
+    for name in ("pairs", "webdataset", "table", "parquet", "arrow"):
+        (tmp_path / name).mkdir()
+    with tarfile.open(tmp_path / "webdataset" / "00000.tar", "w") as tar:
+        for name, data, captions in photos:
+            (tmp_path / "pairs" / name).write_bytes(data)
+            (tmp_path / "pairs" / name).with_suffix(".txt").write_text("\n".join(captions), "utf-8")
+            record = json.dumps({"caption": captions}).encode()
+            for member, content in ((name, data), (name.replace("jpg", "json"), record)):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    lines = [json.dumps({"path": name, "captions": captions}) + "\n" for name, _, captions in photos]
+    (tmp_path / "table" / "t.jsonl").write_text("".join(lines), "utf-8")
+    names, images, captions = ([photo[i] for photo in photos] for i in range(3))
+    pq.write_table(pa.table({"jpg": images, "caption": captions}), tmp_path / "parquet" / "00000.parquet")
+    table = pa.table({"image": images, "caption": captions, "image_id": names, "split": ["train"] * 40})
+    path = str(tmp_path / "arrow" / "coco_caption_karpathy_train.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    forms = [("pairs", "pairs"), ("webdataset", "webdataset"), ("img2dataset", "webdataset")]
+    forms += [("img2dataset", "parquet"), ("img2dataset", "pairs"), ("table", "table")]
+    for name, folder in [*forms, ("reference-arrow", "arrow")]:
+        more = ["--images", str(REAL / "coco" / "train2017")] if name == "table" else []
+        out = tmp_path / f"{name}-{folder}"
+        manifest, counts = convert(name, str(tmp_path / folder), out, *more)
+        assert counts == {"train": (40, 200)}, name
+        assert manifest.dropped == {}
+        found = [(row["image"], row["captions"]) for row in peek.rows(out)]
+        assert sorted(found) == sorted((data, texts) for _, data, texts in photos), name
+
+
+def test_bad_images_in_a_conversion(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for entry in json.loads((REAL / "bad-images" / "index.json").read_text("utf-8"))["files"]:
+        path = tmp_path / "raw" / entry["file"]
+        path.write_bytes((REAL / "bad-images" / entry["file"]).read_bytes())
+        path.with_suffix(".txt").write_text("a caption", "utf-8")
+    manifest, counts = convert("pairs", str(tmp_path / "raw"), tmp_path / "out")
+    assert counts == {"train": (9, 9)}
+    reasons = ("damaged", "empty_file", "not_an_image", "too_many_pixels", "too_small")
+    assert manifest.dropped == dict.fromkeys(reasons, 1)
 
 
 def test_bad_images_get_the_action_they_are_listed_with() -> None:

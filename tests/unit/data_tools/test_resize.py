@@ -110,7 +110,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "a.jpg").write_bytes(encoded(100, 60))
     (raw / "a.txt").write_text("a caption", "utf-8")
     command = ["convert", "pairs", "--raw", str(raw), "--workers", "1", "--out", str(tmp_path / "out")]
-    assert main([*command, "--quality", "80"]) == 1
+    assert main([*command, "--quality", "80"]) == 2
     assert "--resize-short-side" in capsys.readouterr().err
     assert main([*command, "--resize-short-side", "30"]) == 0
     assert "encoded anew in this run, resized: 1" in capsys.readouterr().out
