@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from data_tools.options import BadOption
@@ -50,9 +52,9 @@ def map_in_order(
     if workers == 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
+    context = multiprocessing.get_context("spawn")
+    end, life = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(end,))
     try:
         waiting = iter(tasks)
         running: deque[Future[Result]] = deque(
@@ -66,17 +68,25 @@ def map_in_order(
         raise RuntimeError(
             "a worker process died, most often for lack of memory; use fewer --workers and run again"
         ) from error
+    except BaseException:  # whoever stops waits for no task
+        life.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+        life.close()
+        end.close()
 
 
-def _end_with_parent() -> None:
-    """Ends this worker when its parent is gone: killed, the parent could not tell it, and it would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _end_with(end: Connection) -> None:
+    """Ends this worker as soon as the other end of the pipe is closed, which only its parent holds.
+
+    The parent closes it when it stops early. When it is killed, the system does: without this the worker, which
+    could not be told, would wait for ever.
+    """
 
     def wait() -> None:
-        parent.join()
+        with suppress(EOFError, OSError):
+            end.recv_bytes()
         os._exit(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

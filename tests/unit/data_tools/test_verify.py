@@ -80,6 +80,36 @@ def test_a_flipped_byte_is_found_by_the_full_check_and_never_crashes_the_fast_on
         faults(shards, full=False)
 
 
+@pytest.mark.parametrize("layout", ["vqav2", "nlvr2", "snli_ve", "vg"])
+def test_damaged_shards_of_every_task(layout: str, tmp_path: Path) -> None:
+    """Cut, flipped, zeroed, in the footer too: the full check names file and fault, none crashes."""
+    arguments = ["--layout", layout, "--num-images", "24", "--image-size", "32", "--workers", "1"]
+    assert main(["synth", "--out", str(tmp_path), *arguments]) == 0
+    (tmp_path / "answers.json").write_text('["yes", "no", "red", "2"]', "utf-8")
+    more = ["--answers", str(tmp_path / "answers.json")] if layout == "vqav2" else []
+    raw, out = str(tmp_path / layout), tmp_path / "out"
+    assert main(["convert", layout, "--raw", raw, "--out", str(out), "--workers", "1", *more]) == 0
+    path = out / "train-00000.arrow"
+    good = path.read_bytes()
+    draws = random.Random(layout)
+    for trial in range(40):
+        data = bytearray(good)
+        at = draws.randrange(len(data) - 64)
+        if trial % 4 == 0:
+            del data[at:]
+        elif trial % 4 == 1:
+            data[at] ^= 1 << draws.randrange(8)
+        elif trial % 4 == 2:
+            data[at : at + 64] = bytes(64)
+        else:
+            for _ in range(8):
+                data[-1 - draws.randrange(min(3000, len(data)))] ^= 1 << draws.randrange(8)
+        path.write_bytes(data)
+        found = faults(out)
+        assert data == good or found
+        assert all("train-00000.arrow" in fault for fault in [*found, *faults(out, full=False)])
+
+
 def test_structure_is_checked_even_if_the_hash_fits(shards: Path) -> None:
     """Shards written by other hands, with a manifest that agrees."""
     path = shards / "val-00000.arrow"
