@@ -111,18 +111,6 @@ require_package() {
         "run 'bash launchers/test.sh --setup-only' once, on a machine that sees this folder"
 }
 
-# set_master: MASTER_ADDR and MASTER_PORT for the SLURM job we are in: its first node, a port made of its number
-# (below the range that systems hand out by themselves).
-set_master() {
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    # The address SLURM itself uses for the node: host names need not resolve on the compute nodes.
-    MASTER_ADDR=$(scontrol -o show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    MASTER_ADDR=${MASTER_ADDR:-$first}
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-    export MASTER_ADDR MASTER_PORT
-}
-
 # The deepspeed launcher, started as a module: the first line of its script breaks where the path holds a space.
 LAUNCHER_MODULE=deepspeed.launcher.runner
 export LAUNCHER_MODULE

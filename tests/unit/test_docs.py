@@ -33,6 +33,21 @@ FOREIGN = (
     "Watchdog caught collective operation timeout",
     "Bus error",
     "CUDA out of memory",
+    # SLURM, and Python under it
+    "sbatch: error: Invalid generic resource (gres) specification",
+    "Requested node configuration is not available",
+    "slurm/job.sh: No such file or directory",
+    "BeginTime",
+    "ReqNodeNotAvail",
+    "BadConstraints",
+    "The server socket has failed to listen",
+    "Connection refused",
+    "Gloo connectFullMesh failed",
+    "Unable to confirm allocation for job",
+    "Unable to contact slurm controller",
+    "task launch failed: Plugin initialization failed",
+    "Job step aborted: Waiting up to",
+    "seconds for job step to finish",
 )
 
 
@@ -101,15 +116,17 @@ def source_texts() -> list[str]:
     files = [path for name in ("data_tools", "mt_deepspeed") for path in (ROOT / name).rglob("*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     literals = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "launchers").glob("*.sh")]
+    files = [*(ROOT / "launchers").glob("*.sh"), *(ROOT / "slurm").glob("*")]
+    scripts = [path.read_text(encoding="utf-8") for path in files]
     return [text for text in literals if isinstance(text, str)] + scripts
 
 
-def test_error_texts_are_ours_or_named_as_foreign() -> None:
+@pytest.mark.parametrize(("name", "least"), [("troubleshooting.md", 20), ("slurm.md", 8)])
+def test_error_texts_are_ours_or_named_as_foreign(name: str, least: int) -> None:
     """Bold headings quote messages; dots stand for what changes from case to case."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     heads = re.findall(r"^\*\*.*?\*\*(?=:)", text, flags=re.MULTILINE)
-    assert len(heads) > 20
+    assert len(heads) > least
     messages = [message for head in heads for message in re.findall(r"`([^`]+)`", head)]
     pieces = [
         piece.strip() for message in messages for piece in message.removeprefix("FAILED: ").split("...")

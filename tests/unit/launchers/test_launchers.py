@@ -16,7 +16,8 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     "-m pip install"*) echo "pip $*" >>"$PIP_LOG"; exit "${PIP_STATUS:-0}" ;;
     "-m pip --version") exit 0 ;;
-    *"import deepspeed"*) exit "${IMPORT_STATUS:-0}" ;;
+    *"import deepspeed"* | *"find_spec"*) exit "${IMPORT_STATUS:-0}" ;;
+    *"--print-config") echo "run_dir: $TMPDIR/run" ;;
     *"device_count"*) echo "${GPUS:-0}" ;;
     "-m pytest"*) printf 'pytest: '; printf '<%s>' "$@"; echo ;;
     *) exec "REAL_PYTHON" "$@" ;;
@@ -25,12 +26,17 @@ esac
 FAKE_SCONTROL = """#!/usr/bin/env bash
 case "$*" in
     "show hostnames"*) printf 'n1\\nn2\\n' ;;
+    "-o show job"*) echo "JobId=12007 JobState=RUNNING EndTime=2030-01-01T00:00:00 ExcNodeList=(null)" ;;
     "-o show node n1") echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
     *) echo "unexpected: scontrol $*" >&2; exit 1 ;;
 esac
 """
 FAKE_SRUN = """#!/usr/bin/env bash
-echo "master=${MASTER_ADDR:-}:${MASTER_PORT:-}"
+if [ "$1" = --nodes=1 ]; then
+    while [[ $1 == --* ]]; do shift; done
+    exec "$@"
+fi
+echo "master=${MASTER_ADDR:-}:${MASTER_PORT:-} deadline=${MT_DEADLINE:-} card=${NCCL_SOCKET_IFNAME:-}"
 printf 'srun: '; printf '<%s>' "$@"; echo
 """
 
@@ -193,13 +199,82 @@ def test_multi_node_inside_slurm(clone: Clone) -> None:
     assert result.stdout.splitlines()[-1].endswith(f"<{hostfile}><--preset><x y>")
 
 
-def test_pretrain_job_starts_one_task_per_rank(clone: Clone) -> None:
-    variables = {**SLURM, "SLURM_SUBMIT_DIR": str(clone.root), "SLURM_CPUS_PER_TASK": "8"}
-    result = clone.run("slurm/pretrain.sbatch", "--preset", "x y", **variables)
-    assert result.returncode == 0, result.stderr
+def test_multi_node_with_deepspeeds_launchers(clone: Clone) -> None:
+    def command(launcher: str) -> str:
+        result = clone.run(
+            "launchers/multi_node.sh", "--launcher", launcher, "--dry-run", "--preset", "x", **SLURM
+        )
+        return result.stdout + result.stderr
+
+    common = f"--hostfile {clone.root}/runs/hostfile.12007".replace(" clone", "\\ clone")
+    master = "--master_addr 10.0.0.1 --master_port 20007"
+    slurm = command("slurm")
+    assert f"{common} --launcher slurm --no_ssh_check {master} --launcher_args " in slurm
+    assert slurm.endswith("mt_deepspeed/train.py --preset x \n")
+    pdsh = command("pdsh")
+    assert f"{common} --launcher pdsh {master} --module mt_deepspeed.train --preset x" in pdsh
+    assert "FAILED: --launcher 'mpi'" in command("mpi")
+
+
+def submitted(
+    clone: Clone, script: str, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a job script as SLURM would: somewhere else, with its variables."""
+    variables = {"SLURM_SUBMIT_DIR": str(clone.root), "SLURM_CPUS_PER_TASK": "8", **SLURM, **variables}
+    return clone.run(f"slurm/{script}.sbatch", *arguments, TMPDIR=str(clone.root.parent), **variables)
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "variables", "more"),
+    [
+        ("pretrain", "train", {}, ""),
+        ("finetune", "train", {"WEIGHTS": "/runs/base"}, "<--set><checkpoint.init_from=/runs/base>"),
+        ("evaluate", "evaluate", {}, ""),
+    ],
+)
+def test_jobs_start_one_task_per_rank(
+    clone: Clone, script: str, module: str, variables: dict[str, str], more: str
+) -> None:
+    result = submitted(clone, script, "--preset", "x y", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "==> 4 ranks on n[1-2], start number 1" in result.stdout
+    assert "master=10.0.0.1:20007" in result.stdout
     python = f"{clone.environment['VIRTUAL_ENV']}/bin/python"
-    assert result.stdout.splitlines()[-1] == (
-        f"srun: <--kill-on-bad-exit=1><--cpus-per-task=8><{python}>"
-        "<-u><-m><mt_deepspeed.train><--preset><x y>"
+    command = f"<{python}><-u><-m><mt_deepspeed.{module}><--preset><x y>{more}"
+    assert f"srun: <--kill-on-bad-exit=1><--cpus-per-task=8>{command}" in result.stdout.splitlines()
+
+
+def test_lines_of_the_cluster(clone: Clone) -> None:
+    """Container, options of srun, network card, address and interpreter are variables."""
+    executable(clone.root.parent / "contain", '#!/bin/sh\nshift\nexec "$@"\n')
+    result = submitted(
+        clone,
+        "pretrain",
+        PATH=path_of(clone),
+        CONTAINER=f"{clone.root.parent}/contain --image=x",
+        SRUN_OPTIONS="--mpi=none --label",
+        INTERFACE="ib0",
+        MASTER_ADDR="10.1.1.1",
+        TZ="UTC",
     )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "master=10.1.1.1:20007 deadline=1893456000 card=ib0" in result.stdout
+    assert f"<--mpi=none><--label><{clone.root.parent}/contain><--image=x><" in result.stdout
+
+
+def test_containers_that_only_srun_can_enter(clone: Clone) -> None:
+    options = "--container-image=x.sqsh --container-mounts=/scratch"
+    (clone.root.parent / "env" / "bin" / "python").rename(clone.root.parent / "env" / "bin" / "inside")
+    result = submitted(clone, "pretrain", SRUN_OPTIONS=options, PYTHON="inside", PATH=path_of(clone))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "<--container-image=x.sqsh><--container-mounts=/scratch><inside><-u>" in result.stdout
+
+
+def path_of(clone: Clone) -> str:
+    return f"{clone.environment['VIRTUAL_ENV']}/bin{os.pathsep}{os.environ['PATH']}"
+
+
+def test_jobs_say_what_is_missing(clone: Clone) -> None:
+    assert "FAILED: no WEIGHTS to start from" in submitted(clone, "finetune").stderr
+    assert "finds no mt_deepspeed" in submitted(clone, "pretrain", IMPORT_STATUS="1").stderr
+    assert "FAILED: no --out FOLDER among the arguments: coco" in submitted(clone, "convert", "coco").stderr

@@ -1,0 +1,236 @@
+"""Kills ranks, nodes and the controller of a small SLURM cluster while a job trains, and looks at what is left of it.
+
+    python tests/soak.py --minutes 20 --seed 0
+
+Not part of the test suite: it takes as long as it is told. It first makes an undisturbed run, then one of the same
+length to which something happens again and again, each fault at a random time: now during a start, now some steps
+after it. In the end every step of the disturbed run, repeated ones too, must have the losses of the undisturbed one,
+and the last checkpoint its parameters, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script
+
+import itertools
+
+from tests.helpers.slurm_cluster import Cluster, missing_programs
+from tests.helpers.small_jobs import ROOT, TWO_NODES, VARIABLES, make_raw, make_shards, train_arguments
+
+SAVE_EVERY = 5
+WAIT_S = 1800.0
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """One record a step made, in order of time; steps that were made again are there again."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [record for record in found if "train/grad_norm" in record]
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """What depends on the samples and the weights of a step."""
+    return {name: value for name, value in record.items() if name.startswith(("train/", "lr/"))}
+
+
+@dataclass
+class Soak:
+    """One disturbed job."""
+
+    cluster: Cluster
+    shards: Path
+    folder: Path
+    steps: int
+    rng: random.Random
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "disturbed"
+
+    def submit(self, run_dir: Path) -> str:
+        """A training job on two nodes; restarts at the same step are part of the plan."""
+        length = [f"train.max_steps={self.steps}", f"checkpoint.every_steps={SAVE_EVERY}"]
+        arguments = train_arguments(self.shards, run_dir, *length, "resilience.max_idle_restarts=1000")
+        options = (*TWO_NODES, "--time=600", f"--output={run_dir}.out")
+        return self.cluster.submit(ROOT / "slurm/pretrain.sbatch", *arguments, options=options, **VARIABLES)
+
+    def disturb(self, job: str, until: float, most: int) -> None:
+        """Faults, one after the other, until the time is over, there were enough, or the job has ended."""
+        kinds: list[Callable[[str], str]] = [
+            self._kill_rank,
+            self._kill_node,
+            self._kill_controller,
+            self._signal,
+        ]
+        while time.monotonic() < until and len(self.faults) < most:
+            if not self._wait_for_a_moment(job):
+                return
+            step = len({record["step"] for record in records(self.run_dir)})
+            restarts = self._restarts(job)
+            every_kind_once = len(self.faults) < len(kinds)
+            kind = kinds[len(self.faults)] if every_kind_once else self.rng.choice(kinds)
+            what = kind(job)
+            self.faults.append(what)
+            print(f"{time.strftime('%H:%M:%S')} fault {len(self.faults)}: {what}, at step {step}", flush=True)
+            if kind != self._kill_controller:
+                self._wait_for_a_restart(job, restarts)
+
+    def _wait_for_a_restart(self, job: str, restarts: int) -> None:
+        """A job that ends instead was hit after its last step."""
+        self.cluster.wait_until(
+            lambda: self._restarts(job) > restarts or self._ended(job), "a restart of the job", WAIT_S
+        )
+
+    def _wait_for_a_moment(self, job: str) -> bool:
+        """Waits for a random time in the life of a start; False: the job has ended."""
+        self.cluster.wait_until(
+            lambda: len(self.cluster.ranks(job)) == 2 or self._ended(job), "two ranks", WAIT_S
+        )
+        if self._ended(job):
+            return False
+        if self.rng.random() < 0.3:
+            time.sleep(self.rng.uniform(0, 8))  # in the imports, the rendezvous or the loading
+        else:
+            count = len(records(self.run_dir)) + self.rng.randint(1, 3 * SAVE_EVERY)
+            self.cluster.wait_until(
+                lambda: len(records(self.run_dir)) >= count or self._ended(job), "steps", WAIT_S
+            )
+        return not self._ended(job) and len(self.cluster.ranks(job)) == 2
+
+    def _kill_rank(self, job: str) -> str:
+        rank = self.rng.choice(sorted(self.cluster.ranks(job)))
+        self.cluster.kill_rank(job, rank)
+        return f"kill -9 of rank {rank}"
+
+    def _kill_node(self, job: str) -> str:
+        nodes = self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(job)["NodeList"]).split()
+        node = self.rng.choice(nodes)
+        self.cluster.kill_node(node)
+        self.cluster.wait_until(
+            lambda: self.cluster.job(job).get("JobState") != "RUNNING", "the lost node to be noticed", WAIT_S
+        )
+        self.cluster.start_node(node)
+        return f"kill -9 of all of node {node}"
+
+    def _kill_controller(self, job: str) -> str:
+        self.cluster.wait_for_saved_state()
+        self.cluster.kill_controller()
+        away_s = self.rng.uniform(1, 6)
+        time.sleep(away_s)
+        self.cluster.start_controller()
+        return f"kill -9 of the controller, away for {away_s:.0f} s"
+
+    def _signal(self, job: str) -> str:
+        name = self.rng.choice(["USR1", "TERM"])
+        for pid in self.cluster.ranks(job).values():
+            os.kill(pid, getattr(signal, f"SIG{name}"))
+        return f"SIG{name} to the ranks"
+
+    def _restarts(self, job: str) -> int:
+        return int(self.cluster.job(job).get("Restarts", -1))
+
+    def _ended(self, job: str) -> bool:
+        return self.cluster.job(job).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+def lost_steps(made: list[dict[str, Any]]) -> list[int]:
+    """For every restart that repeated steps: how many."""
+    steps = [int(record["step"]) for record in made]
+    return [before - now + 1 for before, now in itertools.pairwise(steps) if now <= before]
+
+
+def differences(run_dir: Path, reference: Path, steps: int) -> list[str]:
+    """How a run differs from the one that nothing happened to; empty: not at all."""
+    import torch
+
+    from tests.helpers.runs import final_weights
+
+    expected = {record["step"]: figures(record) for record in records(reference)}
+    made = records(run_dir)
+    found = [f"step {r['step']}: {figures(r)}, expected {expected[r['step']]}" for r in made]
+    found = [text for text, r in zip(found, made, strict=True) if figures(r) != expected[r["step"]]]
+    missing = set(expected) - {record["step"] for record in made}
+    found += [f"steps {sorted(missing)} were never logged"] if missing else []
+    ours, theirs = final_weights(run_dir, steps), final_weights(reference, steps)
+    found += [f"final {name} differs" for name in theirs if not torch.equal(ours[name], theirs[name])]
+    return found
+
+
+def soak(folder: Path, minutes: float, seed: int, steps: int, most: int) -> list[str]:
+    """Makes both runs and prints what happened; returns what is wrong."""
+    shards = make_shards(make_raw(folder / "raw"), folder / "shards")
+    with Cluster(folder / "cluster", nodes=3) as cluster:
+        job = Soak(cluster, shards, folder, steps, random.Random(seed))
+        undisturbed = folder / "undisturbed"
+        print(
+            f"load average {os.getloadavg()[0]:.1f}; {steps} steps, a checkpoint every {SAVE_EVERY}",
+            flush=True,
+        )
+        cluster.wait(job.submit(undisturbed), WAIT_S, Path(f"{undisturbed}.out"))
+        started = time.time()
+        number = job.submit(job.run_dir)
+        job.disturb(number, time.monotonic() + 60 * minutes, most)
+        state = cluster.wait(number, WAIT_S, Path(f"{job.run_dir}.out"))
+    if state["JobState"] != "COMPLETED":
+        return [f"the job ended as {state['JobState']}: {Path(f'{job.run_dir}.out')}"]
+    made, wall_s = records(job.run_dir), time.time() - started
+    lost = lost_steps(made)
+    step_s = statistics.median(record["speed/step_s"] for record in made)
+    print(f"{len(job.faults)} faults, {state['Restarts']} restarts, in {wall_s / 60:.1f} minutes")
+    print(f"steps made {len(made)}, of them again {len(made) - steps}; lost at each restart: {lost}")
+    print(
+        f"goodput {steps * step_s / wall_s:.1%}: {steps} steps of {step_s:.3f} s (median) in {wall_s:.0f} s"
+    )
+    wrong = differences(job.run_dir, undisturbed, steps)
+    if max(lost, default=0) > 2 * SAVE_EVERY:  # the newest checkpoint may have been on its way
+        wrong.append(f"{max(lost)} steps lost at once, more than two intervals of {SAVE_EVERY}")
+    return wrong
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_soak(tmp_path: Path) -> None:
+    assert not soak(tmp_path, minutes=20, seed=0, steps=2000, most=100)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=20, help="no new faults after these (default: 20)")
+    parser.add_argument("--faults", type=int, default=1000, help="nor after this many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=2000, help="length of both runs (default: 2000)")
+    parser.add_argument("--folder", type=Path, help="keep everything here (default: a temporary folder)")
+    options = parser.parse_args()
+    if missing := missing_programs():
+        sys.exit(f"error: SLURM is not installed (apt-get install slurm-wlm munge): no {', '.join(missing)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # daemons are stopped on the way out
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        wrong = soak(folder, options.minutes, options.seed, options.steps, options.faults)
+    print("\n".join(wrong[:20]) or "losses of every step and final parameters: those of the undisturbed run")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
