@@ -53,15 +53,6 @@ def test_a_killed_rank(jobs: Jobs, undisturbed: Path) -> None:
     assert_same_result(run, undisturbed)
 
 
-def test_a_node_that_the_checks_at_the_start_refuse(jobs: Jobs) -> None:
-    run = jobs.folder / "run"
-    job = jobs.pretrain(run, "train.max_steps=1", MT_DRILL_BAD_NODE="n1")
-    state = jobs.finish(job)
-    assert state["Restarts"] == "1", jobs.log(job)
-    assert state["ExcNodeList"] == "n1"
-    assert "n1" not in jobs.nodes(job)
-
-
 def test_an_error_that_all_ranks_meet_ends_the_job(jobs: Jobs) -> None:
     job = jobs.pretrain(jobs.folder / "run", "data.train=[{path: nowhere}]")
     state = jobs.cluster.wait(job, log=jobs.folder / f"{job}.out")
