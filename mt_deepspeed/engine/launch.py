@@ -75,7 +75,7 @@ def fill_rank_environment(env: MutableMapping[str, str]) -> None:
     Launchers' own values stay; otherwise SLURM's are translated; otherwise the process is alone.
 
     Raises:
-        LaunchError: RANK without WORLD_SIZE or the reverse.
+        LaunchError: RANK without WORLD_SIZE or the reverse; no MASTER_ADDR and no SLURM to ask.
     """
     if ("RANK" in env) != ("WORLD_SIZE" in env):
         there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
@@ -119,8 +119,13 @@ def _from_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def _first_node_address(node_list: str) -> str:
-    names = subprocess.check_output(["scontrol", "show", "hostnames", node_list], text=True).split()
-    node = subprocess.check_output(["scontrol", "-o", "show", "node", names[0]], text=True)
+    try:
+        names = subprocess.check_output(["scontrol", "show", "hostnames", node_list], text=True).split()
+        node = subprocess.check_output(["scontrol", "-o", "show", "node", names[0]], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # in a container, say
+        raise LaunchError(
+            f"MASTER_ADDR is not set, and scontrol does not tell it ({error}): set it"
+        ) from error
     match = re.search(r"NodeAddr=(\S+)", node)
     return match[1] if match else names[0]
 

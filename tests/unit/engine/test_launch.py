@@ -51,6 +51,12 @@ def test_given_address_and_port_stay(scontrol: list[list[str]]) -> None:
     assert not scontrol
 
 
+def test_ranks_in_a_container_without_slurm_must_be_told_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match="MASTER_ADDR is not set"):
+        fill_rank_environment(dict(SLURM))
+
+
 def test_launchers_own_variables_win_over_slurms(scontrol: list[list[str]]) -> None:
     env = {**SLURM, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     fill_rank_environment(env)
