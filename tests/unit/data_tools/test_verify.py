@@ -12,6 +12,7 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.files import hash_file
 from data_tools.shard_format import CAPTION_SCHEMA, MANIFEST_NAME, SCHEMAS, read_manifest
+from data_tools.sources import SOURCES
 from data_tools.verify import verify
 
 
@@ -143,6 +144,15 @@ def test_counts_are_compared(shards: Path) -> None:
     split = read_manifest(shards).splits["val"]
     restate(shards, "val", rows=split.rows + 1)
     assert any(f"{split.rows} rows and" in fault for fault in faults(shards, full=False))
+
+
+def test_published_counts_are_known_for_every_data_set() -> None:
+    own = {"img2dataset", "webdataset", "table", "pairs"}  # people's own data
+    for name in set(SOURCES) - own:
+        counts = SOURCES[name].published
+        assert counts, name
+        for split, (images, texts) in (item for splits in counts.values() for item in splits.items()):
+            assert (images or texts or 0) > 1000 - 1, (name, split)
 
 
 def test_no_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
