@@ -1,11 +1,13 @@
 """Links from uni-modal into cross-modal layers: managers (arXiv 2306.00103), bridges (arXiv 2206.08657).
 
-Every link is called as `link(experts, previous, other, other_attend, record)`:
+Every link is called as `link(experts, previous, other, other_attend, record, statistics, seed)`:
     experts: N tensors `[B, L, D]`, projected uni-modal layers of its own modality, lowest first;
     previous: outputs of all earlier cross-modal layers of its own modality, first layer first;
     other: the other modality's last cross-modal output `[B, K, D]`, None at the first layer;
     other_attend: bool `[B, 1, K]`, False at tokens of `other` that do not count, or None;
-    record: None, or a dict that receives detached mixing weights (for plots and tests).
+    record: None, or a dict that receives detached mixing weights (for plots and tests);
+    statistics: of the experts' layer norms, shared by all managers of a modality; None: made by the manager;
+    seed: `[1]` int64, of the noise of all managers of a modality; None: the manager draws one.
 It returns the input `[B, L, D]` of the next cross-modal layer.
 """
 
@@ -16,9 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import LinkConfig, ModelConfig
-from mt_deepspeed.kernels.manager_aggregation import manager_aggregation, mixing_weights
+from mt_deepspeed.kernels.manager_aggregation import Philox, manager_aggregation, mixing_weights
 
 Record = dict[str, Tensor]
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds `[count, 1]` int64 of managers' noise, from torch's generator of the device.
+
+    So that whoever seeds that generator decides on the noise, and recomputation under activation
+    checkpointing, which restores it, meets the same noise.
+    """
+    return torch.randint(2**63 - 1, (count, 1), device=device)
 
 
 class _NormParameters(nn.Module):
@@ -39,8 +50,9 @@ class _NormParameters(nn.Module):
 class _Manager(nn.Module):
     """What static and adaptive managers share: layer norms, temperature, noise, the aggregation."""
 
-    def __init__(self, link: LinkConfig, size: int, num_experts: int, num_previous: int) -> None:
+    def __init__(self, link: LinkConfig, size: int, num_experts: int, num_previous: int, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.num_experts = num_experts
         self.num_previous = num_previous
         self.eps = link.layer_norm_eps
@@ -63,6 +75,8 @@ class _Manager(nn.Module):
         logits: Tensor,
         previous_weight: Tensor | None,
         record: Record | None,
+        statistics: Tensor | None,
+        seed: Tensor | None,
     ) -> Tensor:
         """Runs the aggregation, with noise of standard deviation 1/N per element while training."""
         if record is not None:
@@ -74,8 +88,9 @@ class _Manager(nn.Module):
                 record["weight_previous"] = previous_weight.detach()
         noise = None
         if self.training and self.noise:
-            shape = (len(experts), *experts[0].shape)
-            noise = torch.randn(shape, device=experts[0].device).div_(len(experts))
+            if seed is None:
+                seed = draw_seeds(1, experts[0].device)[0]
+            noise = Philox(seed, self.layer, 1 / len(experts))
         return manager_aggregation(
             experts,
             previous,
@@ -85,6 +100,7 @@ class _Manager(nn.Module):
             previous_weight,
             noise,
             self.eps,
+            statistics,
         )
 
 
@@ -96,9 +112,15 @@ class StaticManager(_Manager):
     """
 
     def __init__(
-        self, link: LinkConfig, size: int, num_experts: int, num_previous: int, all_previous: bool
+        self,
+        link: LinkConfig,
+        size: int,
+        num_experts: int,
+        num_previous: int,
+        all_previous: bool,
+        layer: int,
     ) -> None:
-        super().__init__(link, size, num_experts, num_previous)
+        super().__init__(link, size, num_experts, num_previous, layer)
         self.all_previous = all_previous
         num_free = num_previous if not all_previous or num_previous > 1 else 0
         scores = torch.full((1, num_experts + num_free, 1, size if link.weight == "vector" else 1), 1.0)
@@ -117,6 +139,8 @@ class StaticManager(_Manager):
         other: Tensor | None,
         other_attend: Tensor | None,
         record: Record | None = None,
+        statistics: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """See the module docstring."""
         scores_MD = self.layer_scores[0, :, 0]
@@ -131,7 +155,7 @@ class StaticManager(_Manager):
         elif used:
             previous_weight = scores_MD[self.num_experts :]
         logits = scores_MD[: self.num_experts]
-        return self.aggregate(experts, used, self.affine(), logits, previous_weight, record)
+        return self.aggregate(experts, used, self.affine(), logits, previous_weight, record, statistics, seed)
 
 
 class FusionAttention(nn.Module):
@@ -167,8 +191,8 @@ class AdaptiveManager(_Manager):
     (fused query), or the former alone (`own_query`).
     """
 
-    def __init__(self, link: LinkConfig, size: int, num_experts: int, own_query: bool) -> None:
-        super().__init__(link, size, num_experts, num_previous=1)
+    def __init__(self, link: LinkConfig, size: int, num_experts: int, own_query: bool, layer: int) -> None:
+        super().__init__(link, size, num_experts, num_previous=1, layer=layer)
         self.own_query = own_query
         self.layer_scores_cross = nn.Parameter(
             torch.ones(1, 1, 1, size if link.weight == "vector" else 1), requires_grad=link.learnable_weight
@@ -185,6 +209,8 @@ class AdaptiveManager(_Manager):
         other: Tensor | None,
         other_attend: Tensor | None,
         record: Record | None = None,
+        statistics: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """See the module docstring."""
         last = previous[-1]
@@ -197,7 +223,7 @@ class AdaptiveManager(_Manager):
         if record is not None:
             record["logits"] = logits_BLN.detach()
         previous_weight = self.layer_scores_cross[0, :, 0]
-        return self.aggregate(experts, [last], affine, logits_BLN, previous_weight, record)
+        return self.aggregate(experts, [last], affine, logits_BLN, previous_weight, record, statistics, seed)
 
 
 class FirstBridge(nn.LayerNorm):
@@ -210,6 +236,8 @@ class FirstBridge(nn.LayerNorm):
         other: Tensor | None,
         other_attend: Tensor | None,
         record: Record | None = None,
+        statistics: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """See the module docstring."""
         return super().forward(experts[0])
@@ -237,6 +265,8 @@ class Bridge(nn.Module):
         other: Tensor | None,
         other_attend: Tensor | None,
         record: Record | None = None,
+        statistics: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """See the module docstring."""
         uni, cross = experts[len(previous)], previous[-1]
@@ -254,7 +284,7 @@ def build_manager(config: ModelConfig, num_experts: int, layer: int) -> nn.Modul
     """The manager that feeds cross-modal layer `layer`; the first one has no previous output to ask."""
     link, size = config.link, config.cross_modal.hidden_size
     if layer == 0 or link.kind == "saue":
-        return StaticManager(link, size, num_experts, min(layer, 1), all_previous=False)
+        return StaticManager(link, size, num_experts, min(layer, 1), all_previous=False, layer=layer)
     if link.kind == "sae":
-        return StaticManager(link, size, num_experts, layer, all_previous=True)
-    return AdaptiveManager(link, size, num_experts, own_query=link.kind == "aaue_own_query")
+        return StaticManager(link, size, num_experts, layer, all_previous=True, layer=layer)
+    return AdaptiveManager(link, size, num_experts, own_query=link.kind == "aaue_own_query", layer=layer)

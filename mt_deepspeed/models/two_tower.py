@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import ModelConfig
+from mt_deepspeed.kernels.manager_aggregation import expert_statistics
 from mt_deepspeed.models.cross_modal import CrossModalLayer, Pooler
-from mt_deepspeed.models.managers import Bridge, FirstBridge, Record, build_manager
+from mt_deepspeed.models.managers import Bridge, FirstBridge, Record, build_manager, draw_seeds
 from mt_deepspeed.models.partition import init_weights
 from mt_deepspeed.models.text_tower import TextTower
 from mt_deepspeed.models.vision_tower import VisionTower
@@ -188,6 +189,8 @@ class TwoTowerModel(nn.Module):
         attend = text_mask_BL.bool()
         attend_B11L, attend_B1L = attend[:, None, None, :], attend[:, None, :]
         to_image = attend_B1L if self.config.mask_padding_in_managers else None
+        text_shared = self._shared(text_experts)
+        image_shared = self._shared(image_experts)
         texts: list[Tensor] = []
         images: list[Tensor] = []
         text: Tensor | None = None
@@ -204,8 +207,8 @@ class TwoTowerModel(nn.Module):
                 "text": None if record is None else {},
                 "image": None if record is None else {},
             }
-            text_in = text_link(text_experts, texts, image, None, notes["text"])
-            image_in = image_link(image_experts, images, text, to_image, notes["image"])
+            text_in = text_link(text_experts, texts, image, None, notes["text"], *text_shared)
+            image_in = image_link(image_experts, images, text, to_image, notes["image"], *image_shared)
             # Both streams read the inputs of this layer, not each other's output.
             text = text_layer(text_in, image_in, attend_B11L)
             image = image_layer(image_in, text_in, attend_B11L)
@@ -221,6 +224,14 @@ class TwoTowerModel(nn.Module):
             [self.cross_modal_text_pooler(texts[-1]), self.cross_modal_image_pooler(images[-1])], dim=-1
         )
         return FusionOutput(text_feats=texts[-1], image_feats=images[-1], cls_feats=cls_feats)
+
+    def _shared(self, experts: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What all managers of a modality use in one pass: the experts' statistics and the seed of the noise."""
+        if not self.config.has_managers:
+            return None, None
+        noisy = self.training and self.config.link.noise
+        seed = draw_seeds(1, experts[0].device)[0] if noisy else None
+        return expert_statistics(experts, self.config.link.layer_norm_eps), seed
 
     def _note(
         self, record: Record, i: int, modality: Modality, notes: Record | None, entry: Tensor, out: Tensor

@@ -1,4 +1,4 @@
-"""The reference aggregation against a direct transcription of its formula."""
+"""The formula against a direct transcription, and the operator's contract."""
 
 from typing import Any
 
@@ -7,37 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from mt_deepspeed.kernels.manager_aggregation import manager_aggregation, mixing_weights
+from mt_deepspeed.kernels.manager_aggregation import (
+    Philox,
+    expert_statistics,
+    manager_aggregation,
+    mixing_weights,
+)
+from mt_deepspeed.kernels.manager_aggregation.operator import _backward, _forward, _statistics
+from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
+from tests.helpers.aggregation import Case, check, variants
 
-
-def _inputs(
-    n: int, p: int, shape: tuple[int, int, int], adaptive: bool, scalar: bool, seed: int = 0
-) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    b, length, d = shape
-    logits = torch.randn(b, length, n) if adaptive else torch.randn(n, 1 if scalar else d)
-    tensors = {
-        "experts": [torch.randn(shape) for _ in range(n)],
-        "previous": [torch.randn(shape) for _ in range(p)],
-        "norm_weight": torch.randn(n + p, d),
-        "norm_bias": torch.randn(n + p, d),
-        "logits": logits,
-        "temperature": torch.tensor([0.7]),
-        "previous_weight": torch.randn(p, 1 if scalar else d) if p else None,
-        "noise": torch.randn(n, b, length, d) / n,
-    }
-    return {key: _double(value) for key, value in tensors.items()}
-
-
-def _double(value: Any) -> Any:
-    return (
-        [item.double() for item in value]
-        if isinstance(value, list)
-        else None
-        if value is None
-        else value.double()
-    )
+DOUBLE = torch.float64
 
 
 def _by_hand(
@@ -62,9 +44,8 @@ def _by_hand(
             weights = weights / weights.sum(0)
             for i, state in enumerate([*experts, *previous]):
                 x = state[b, t]
-                normed = (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + eps) * norm_weight[
-                    i
-                ] + norm_bias[i]
+                deviation = torch.sqrt(x.var(unbiased=False) + eps)
+                normed = (x - x.mean()) / deviation * norm_weight[i] + norm_bias[i]
                 if i < len(experts):
                     out[b, t] += weights[i] * normed
                 elif previous_weight is not None:
@@ -72,65 +53,138 @@ def _by_hand(
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 5),
     p=st.integers(0, 3),
-    b=st.integers(1, 2),
-    length=st.integers(1, 3),
-    d=st.integers(2, 7),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(2, 7)),
     adaptive=st.booleans(),
     scalar=st.booleans(),
-    noisy=st.booleans(),
-    shared=st.booleans(),
+    noise=st.sampled_from(["none", "given"]),
 )
 def test_formula(
-    n: int, p: int, b: int, length: int, d: int, adaptive: bool, scalar: bool, noisy: bool, shared: bool
+    n: int, p: int, shape: tuple[int, int, int], adaptive: bool, scalar: bool, noise: str
 ) -> None:
-    arguments = _inputs(n, p, (b, length, d), adaptive, scalar)
-    if not noisy:
-        arguments["noise"] = None
-    expected = _by_hand(**arguments)
-    if shared:
-        arguments["statistics"] = [
-            (x.mean(-1, keepdim=True), (x.var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt())
-            for x in arguments["experts"]
-        ]
-    torch.testing.assert_close(manager_aggregation(**arguments), expected, rtol=1e-9, atol=1e-9)
+    arguments = Case(n, p, shape, adaptive, scalar, noise, DOUBLE).arguments()
+    torch.testing.assert_close(aggregate(**arguments), _by_hand(**arguments), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 5),
+    p=st.integers(0, 3),
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(2, 11)),
+    adaptive=st.booleans(),
+    scalar=st.booleans(),
+    noise=st.sampled_from(["none", "given", "own"]),
+)
+def test_written_derivatives_are_those_of_the_formula(
+    n: int, p: int, shape: tuple[int, int, int], adaptive: bool, scalar: bool, noise: str
+) -> None:
+    check(Case(n, p, shape, adaptive, scalar, noise, DOUBLE), "reference")
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_every_gradient(adaptive: bool) -> None:
-    arguments = _inputs(2, 1, (1, 2, 3), adaptive, scalar=False)
+def test_gradients_by_finite_differences(adaptive: bool) -> None:
+    arguments = Case(2, 1, (1, 2, 3), adaptive, noise="given", dtype=DOUBLE).arguments()
     names = ("norm_weight", "norm_bias", "logits", "temperature", "previous_weight")
 
-    def run(expert: Tensor, previous: Tensor, *tensors: Tensor) -> Tensor:
+    def run(first: Tensor, second: Tensor, previous: Tensor, *tensors: Tensor) -> Tensor:
         named: Any = dict(zip(names, tensors, strict=True))
-        return manager_aggregation(
-            [expert, arguments["experts"][1]],
-            [previous],
-            **named,
-            noise=arguments["noise"],
-        )
+        return manager_aggregation([first, second], [previous], **named, noise=arguments["noise"])
 
-    tensors = [arguments["experts"][0], arguments["previous"][0], *(arguments[name] for name in names)]
+    tensors = [*arguments["experts"], *arguments["previous"], *(arguments[name] for name in names)]
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
 
 
+def test_statistics_are_shared_and_change_nothing() -> None:
+    case = Case(3, 1, (2, 3, 8), dtype=DOUBLE)
+    statistics = expert_statistics(case.arguments()["experts"])
+    assert statistics.shape == (2, 3, 6)
+    check(case, "reference", statistics=statistics)
+
+
+@pytest.mark.parametrize("case", variants(Case()), ids=str)
+def test_operators_meet_the_contract_of_torch_library(case: Case) -> None:
+    """Schema, fake tensors, autograd registration, tracing with symbolic shapes."""
+    call = case.arguments()
+    n, shape = case.num_experts, case.shape
+    experts = [one.flatten(0, 1) for one in call["experts"]]
+    previous = [one.flatten(0, 1) for one in call["previous"]]
+    noise = call["noise"]
+    philox = noise if isinstance(noise, Philox) else Philox(None, 0, 0.0)  # type: ignore[arg-type]
+    common = (
+        call["norm_weight"],
+        call["norm_bias"],
+        call["logits"].flatten(0, 1)[None] if case.adaptive else call["logits"].expand(n, shape[-1]).clone(),
+        call["temperature"],
+        call["previous_weight"].expand(1, shape[-1]).clone(),
+        expert_statistics(call["experts"]),
+        noise.flatten(1, 2) if isinstance(noise, Tensor) else None,
+        *philox,
+        1e-5,
+    )
+    torch.library.opcheck(_statistics, (experts, 1e-5, "reference"))
+    _, previous_statistics = _forward(experts, previous, *common, "reference")
+    late = (previous_statistics, torch.randn_like(experts[0]), "reference")
+    torch.library.opcheck(_backward, (experts, previous, *common, *late))
+    for tensor in (*experts, *previous, *common[:5]):
+        tensor.requires_grad_()
+    torch.library.opcheck(_forward, (experts, previous, *common, "reference"))
+
+
+def test_backward_keeps_only_inputs_and_statistics() -> None:
+    case = Case(4, 1, (2, 5, 64), adaptive=True, noise="own")
+    arguments = case.arguments()
+    leaves = [*arguments["experts"], *arguments["previous"]]
+    for tensor in leaves:
+        tensor.requires_grad_()
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in leaves}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        manager_aggregation(**arguments)
+    others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in inputs]
+    state = arguments["experts"][0].numel()
+    assert len(kept) > len(others) >= 5
+    assert max(tensor.numel() for tensor in others) < state, "no state-sized temporary"
+
+
+def test_checkpointing_recomputes_the_same_noise() -> None:
+    arguments = Case(3, 1, (2, 5, 16), adaptive=True, noise="own").arguments()
+    states = [state.requires_grad_() for state in arguments["experts"]]
+
+    def run(*experts: Tensor) -> Tensor:
+        seed = torch.randint(2**62, (1,))
+        noise = arguments["noise"]._replace(seed=seed)
+        return manager_aggregation(**{**arguments, "experts": experts, "noise": noise})
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        out = checkpoint(run, *states, use_reentrant=False) if checkpointed else run(*states)
+        return [out, *torch.autograd.grad(out.square().sum(), states)]
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))
+
+
 def test_low_precision_experts_are_summed_in_float32() -> None:
-    exact = _inputs(6, 1, (2, 5, 64), adaptive=True, scalar=False)
-    low: Any = {
-        key: [item.bfloat16() for item in value] if isinstance(value, list) else value.float()
-        for key, value in exact.items()
-    }
+    arguments = Case(6, 1, (2, 5, 64), adaptive=True, noise="given", dtype=torch.bfloat16).arguments()
+    found = manager_aggregation(**arguments)
     rounded: Any = {
         key: [item.double() for item in value] if isinstance(value, list) else value.double()
-        for key, value in low.items()
+        for key, value in arguments.items()
     }
-    found = manager_aggregation(**low)
     assert found.dtype == torch.bfloat16
     # Only the last rounding is left: half a unit in the last place of bfloat16.
     torch.testing.assert_close(found.double(), manager_aggregation(**rounded), rtol=2**-8, atol=1e-5)
+
+
+def test_states_that_are_not_contiguous() -> None:
+    arguments = Case(2, 1, (3, 4, 8)).arguments()
+    expected = manager_aggregation(**arguments)
+    for name in ("experts", "previous"):
+        arguments[name] = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments[name]]
+    assert not arguments["experts"][0].is_contiguous()
+    assert torch.equal(manager_aggregation(**arguments), expected)
 
 
 def test_weights_sum_to_one_and_temperature_sharpens() -> None:
@@ -141,9 +195,17 @@ def test_weights_sum_to_one_and_temperature_sharpens() -> None:
     assert (cold.amax(0) > warm.amax(0)).all()
 
 
-def test_missing_arguments_are_named() -> None:
-    arguments = _inputs(2, 1, (1, 1, 4), adaptive=False, scalar=False)
-    with pytest.raises(ValueError, match="previous_weight"):
-        manager_aggregation(**{**arguments, "previous_weight": None})
-    with pytest.raises(ValueError, match="no experts"):
-        manager_aggregation(**{**arguments, "experts": [], "noise": None})
+def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = Case(2, 1, (1, 1, 4), noise="given").arguments()
+    for change, message in (
+        ({"previous_weight": None}, "previous_weight"),
+        ({"experts": [], "noise": None}, "no experts"),
+        ({"logits": torch.zeros(3, 4)}, r"logits has shape \(3, 4\), expected \(2, 4\)"),
+        ({"noise": torch.zeros(2, 1, 4)}, "noise has shape"),
+        ({"backend": "fortran"}, "backend: found 'fortran', expected auto or one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            manager_aggregation(**{**arguments, **change})
+    monkeypatch.setenv("MT_KERNELS", "cobol")
+    with pytest.raises(ValueError, match="MT_KERNELS: found 'cobol'"):
+        manager_aggregation(**arguments)

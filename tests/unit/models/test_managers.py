@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mt_deepspeed.config.model import LinkConfig
+from mt_deepspeed.kernels.manager_aggregation import philox_normal
 from mt_deepspeed.models.managers import AdaptiveManager, StaticManager
 
 N, B, L, D = 4, 16, 12, 32
@@ -21,7 +22,7 @@ def _call(manager: Any, seed: int = 0) -> torch.Tensor:
 
 
 def _static(**link: Any) -> StaticManager:
-    return StaticManager(LinkConfig(kind="saue", **link), D, N, 1, all_previous=False)
+    return StaticManager(LinkConfig(kind="saue", **link), D, N, 1, all_previous=False, layer=0)
 
 
 def test_initial_weights_are_uniform_with_the_previous_state_added() -> None:
@@ -38,7 +39,7 @@ def test_noise_has_standard_deviation_one_over_n_per_element(
     adaptive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = LinkConfig(kind="aaue")
-    manager: Any = AdaptiveManager(link, D, N, own_query=False) if adaptive else _static()
+    manager: Any = AdaptiveManager(link, D, N, own_query=False, layer=0) if adaptive else _static()
     seen = {}
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -48,7 +49,8 @@ def test_noise_has_standard_deviation_one_over_n_per_element(
     monkeypatch.setattr("mt_deepspeed.models.managers.manager_aggregation", spy)
     torch.manual_seed(1)
     _call(manager.train())
-    noise = seen["noise"]
+    found = seen["noise"]
+    noise = found.scale * philox_normal(found.seed, found.offset, N, B * L, D).view(N, B, L, D)
     assert noise.shape == (N, B, L, D)
     assert noise.dtype == torch.float32
     count = noise.numel()
@@ -80,9 +82,9 @@ def test_learnable_switches_and_temperature(kind: str) -> None:
         weight="scalar",
     )
     manager: Any = (
-        StaticManager(link, D, N, 1, all_previous=False)
+        StaticManager(link, D, N, 1, all_previous=False, layer=0)
         if kind == "saue"
-        else AdaptiveManager(link, D, N, own_query=False)
+        else AdaptiveManager(link, D, N, own_query=False, layer=0)
     )
     assert manager.softmax_temperature.item() == 0.5
     assert not manager.softmax_temperature.requires_grad
@@ -92,7 +94,7 @@ def test_learnable_switches_and_temperature(kind: str) -> None:
 
 
 def test_own_query_ignores_the_other_modality() -> None:
-    manager = AdaptiveManager(LinkConfig(kind="aaue_own_query"), D, N, own_query=True).eval()
+    manager = AdaptiveManager(LinkConfig(kind="aaue_own_query"), D, N, own_query=True, layer=0).eval()
     experts, previous = [torch.randn(B, L, D) for _ in range(N)], [torch.randn(B, L, D)]
     first = manager(experts, previous, torch.randn(B, 3, D), None)
     assert torch.equal(first, manager(experts, previous, None, None))

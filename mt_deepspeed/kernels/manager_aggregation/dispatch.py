@@ -1,0 +1,78 @@
+"""Which backend computes: the caller's wish, else `MT_KERNELS`, else the best for the device.
+
+A wish that cannot be granted is an error. Without one, what the fused backend of the device cannot do (float64,
+more than 24 experts, ...) is left to `reference`. Each choice is logged once.
+"""
+
+import importlib
+import logging
+import os
+from functools import lru_cache
+from types import ModuleType
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BACKENDS = {"reference": "reference"}
+"""Name -> module of this package; its packages are only imported when it is used."""
+
+VARIABLE = "MT_KERNELS"
+
+
+def module(name: str) -> ModuleType:
+    """The backend `name`."""
+    if name not in BACKENDS:
+        raise ValueError(f"manager_aggregation: found backend {name!r}, expected one of {sorted(BACKENDS)}")
+    return importlib.import_module(f"{__package__}.{BACKENDS[name]}")
+
+
+def wish(backend: str | None) -> str | None:
+    """The backend asked for by argument or environment, None when it is left open (`auto`)."""
+    asked = backend or os.environ.get(VARIABLE) or "auto"
+    if asked != "auto" and asked not in BACKENDS:
+        source = "backend" if backend else VARIABLE
+        raise ValueError(f"{source}: found {asked!r}, expected auto or one of {sorted(BACKENDS)}")
+    return None if asked == "auto" else asked
+
+
+def choose(experts: list[Tensor], num_previous: int, backend: str | None) -> str:
+    """Name of the backend that computes with these experts `[T, D]` and this number of previous states.
+
+    Raises:
+        ValueError: The one that was asked for does not exist or cannot.
+    """
+    asked = wish(backend)
+    if asked is not None:
+        if reason := _reason_against(asked, experts, num_previous):
+            raise ValueError(f"manager_aggregation: backend {asked} was asked for, but {reason}")
+        _log_once(asked, "asked for")
+        return asked
+    reasons: list[str] = []
+    for name in preferred(experts[0]):
+        reason = _reason_against(name, experts, num_previous)
+        if reason is None:
+            _log_once(name, "; ".join(reasons) or f"default on {experts[0].device.type}")
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference supports everything")
+
+
+def _reason_against(name: str, experts: list[Tensor], num_previous: int) -> str | None:
+    try:
+        backend = module(name)
+    except ImportError as error:
+        return str(error)
+    reason: str | None = backend.unsupported(experts, num_previous)
+    return reason
+
+
+def preferred(state: Tensor) -> list[str]:
+    """Backends for the device of `state`, best first."""
+    order = {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}.get(state.device.type, [])
+    return [*(name for name in order if name in BACKENDS), "reference"]
+
+
+@lru_cache(maxsize=64)
+def _log_once(name: str, why: str) -> None:
+    log.info("manager aggregation: %s (%s)", name, why)
