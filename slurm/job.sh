@@ -42,7 +42,7 @@ set_network() {
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     # The address SLURM itself uses for the node: host names need not resolve on the compute nodes.
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol -o show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol -o show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' || true)}
     MASTER_ADDR=${MASTER_ADDR:-$first}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
     export MASTER_ADDR MASTER_PORT
@@ -82,7 +82,7 @@ train() {
     case $status in
         0) say "finished" ;;
         85) requeue "$run_dir" "the run has saved and stopped" ;;
-        86) requeue "$run_dir" "the checks at the start refused a node" ;;
+        86) if [ -s "$run_dir/bad_nodes.txt" ]; then requeue "$run_dir" "the checks at the start refused a node"; fi ;;
         87) say "stopped: restarts without progress; the reason stands above" ;;
         88) requeue "$run_dir" "a rank hung" ;;
         *) if [ "$status" -gt 128 ]; then requeue "$run_dir" "a rank was killed (status $status)"; fi ;;
@@ -145,4 +145,4 @@ avoided() {
 }
 
 # job_field NAME: one field of what SLURM knows about this job; nothing if it does not answer.
-job_field() { scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+job_field() { scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p" || true; }

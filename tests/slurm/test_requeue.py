@@ -64,7 +64,7 @@ def test_which_ends_go_back_to_the_queue(runs: FakeRuns) -> None:
         "lost": 'touch "$RUN_DIR/requeue"; exit 1',  # a launcher that loses the status
     }
     jobs = {name: runs.submit(name, [first, "echo made it"]) for name, first in again.items()}
-    final = {"failed": 1, "refused": 2, "idle": 87}
+    final = {"failed": 1, "refused": 2, "nameless": 86, "idle": 87}
     ended = {name: runs.submit(name, [f"exit {status}"]) for name, status in final.items()}
     final["forbidden"] = final["often"] = 85
     ended["forbidden"] = runs.submit("forbidden", ["exit 85"], "--no-requeue")
