@@ -1,8 +1,15 @@
 """Evaluates a model: `python -m mt_deepspeed.evaluate --checkpoint RUN_OR_EXPORT [--shards DIR --splits val]`.
 
-Prints MLM and ITM figures of the held-out pairs; with `--visual-words`, also the accuracy at masked words that
-only the picture tells, given the right, a shuffled and no picture. Runs on one process, or on many under the
-`deepspeed` launcher or `srun`; every pair counts once.
+What comes out depends on what the model was trained for:
+
+- pre-training: MLM and ITM of held-out pairs; with `--visual-words`, the accuracy at masked words that only the
+  picture tells, given the right, a shuffled and no picture; with `--retrieval`, recall without fine-tuning
+- VQA: the soft score; with `--annotations`, the official accuracy by answer type; with `--predictions`, the file
+  for the evaluation server, which `--questions` checks for completeness
+- SNLI-VE, NLVR2: accuracy on each split
+- retrieval: recall at 1, 5 and 10 in both directions, over all pairs
+
+Runs on one process, or on many under the `deepspeed` launcher or `srun`; every sample counts once.
 """
 
 import argparse
@@ -27,7 +34,16 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import add_reports, to_device
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
+from mt_deepspeed.evaluation.vqa_accuracy import write_submission
 from mt_deepspeed.pretrained import Pretrained, load
+from mt_deepspeed.task_evaluation import (
+    check_questions,
+    classify,
+    official_accuracy,
+    retrieve,
+    vqa_answers,
+)
+from mt_deepspeed.tasks.pretrain import PretrainTask
 
 Batch = dict[str, Tensor]
 
@@ -39,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         pretrained = load(args.checkpoint, place.device)
         config = _config(pretrained.config, args)
-        metrics = evaluate_pretrained(pretrained, config, place, args.visual_words, args.max_samples)
+        metrics = _evaluate(pretrained, config, place, args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     finally:
@@ -50,6 +66,29 @@ def main(arguments: list[str] | None = None) -> None:
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+
+
+def _evaluate(
+    pretrained: Pretrained, config: RunConfig, place: Place, args: argparse.Namespace
+) -> dict[str, float]:
+    if config.task == "retrieval" or args.retrieval:
+        return retrieve(pretrained, config, place)
+    if config.task == "pretrain":
+        return evaluate_pretrained(pretrained, config, place, args.visual_words, args.max_samples)
+    classified = classify(pretrained, config, place, args.max_samples)
+    metrics = classified.metrics
+    if config.task == "vqa":
+        answers = vqa_answers(pretrained, classified)
+        if args.annotations is not None:
+            metrics |= official_accuracy(answers, args.annotations, pretrained.answers)
+        if args.questions is not None:
+            check_questions(answers, args.questions)
+        if args.predictions is not None and place.rank == 0:
+            write_submission(answers, args.predictions)
+    elif args.predictions is not None and place.rank == 0:
+        args.predictions.parent.mkdir(parents=True, exist_ok=True)
+        args.predictions.write_text(json.dumps(classified.predictions, indent=0) + "\n", "utf-8")
+    return dict(sorted(metrics.items()))
 
 
 def evaluate_pretrained(
@@ -69,7 +108,7 @@ def evaluate_pretrained(
         return eval_batches(config, place.rank, place.world_size, max_samples)
 
     metrics = evaluate_task(pretrained.task, batches(), place, config.train.precision)
-    if visual_words is not None and pretrained.task.has_mlm:
+    if visual_words is not None and isinstance(pretrained.task, PretrainTask) and pretrained.task.has_mlm:
         classes = token_classes(visual_words, pretrained.tokenizer)
         metrics |= _visual_figures(pretrained, batches(), classes, place, config.train.precision)
     return dict(sorted(metrics.items()))
@@ -104,10 +143,11 @@ def token_classes(visual_words: Path, tokenizer: CaptionTokenizer) -> dict[int, 
 def _visual_figures(
     pretrained: Pretrained, batches: Iterator[Batch], classes: dict[int, str], place: Place, precision: str
 ) -> dict[str, float]:
-    mask_id = pretrained.tokenizer.mask_id
+    task, mask_id = pretrained.task, pretrained.tokenizer.mask_id
+    assert isinstance(task, PretrainTask)
     total: dict[str, Tensor] = {}
     asked: Counter[int] = Counter()
-    pretrained.task.eval()
+    task.eval()
     with torch.no_grad(), autocast(precision, place.device):
         for batch in batches:
             if len(batch["text_ids"]) == 0:
@@ -115,7 +155,7 @@ def _visual_figures(
             _, chosen = mask_one_visual_word(batch["text_ids"], classes, mask_id, batch["sample_ids"])
             asked.update(batch["text_ids"][chosen].tolist())
             on_device = to_device(batch, place.device)
-            add_reports(total, visual_word_report(pretrained.task.fill_masks, on_device, classes, mask_id))
+            add_reports(total, visual_word_report(task.fill_masks, on_device, classes, mask_id))
     metrics = reduce_report(total, place.device)
     return {**metrics, "visual_chance": majority_share(_of_all_ranks(asked), classes)}
 
@@ -130,8 +170,9 @@ def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """The run's configuration with the data of the command line."""
     data = config.data
     if args.shards is not None:
-        chosen = DatasetConfig(path=str(args.shards.resolve()), splits=tuple(args.splits))
-        data = dataclasses.replace(data, eval=(chosen,))
+        path = str(args.shards.resolve())
+        chosen = tuple(DatasetConfig(path=path, splits=(split,)) for split in args.splits)
+        data = dataclasses.replace(data, eval=chosen)
     if not data.eval:
         raise ValueError(
             "no evaluation data: the model's configuration names none (data.eval); pass --shards DIR"
@@ -155,6 +196,14 @@ def _parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--splits", nargs="+", default=["val"], help="splits of --shards (default: val)")
     parser.add_argument(
         "--visual-words", type=Path, help="JSON file: class -> words that only a picture tells"
+    )
+    parser.add_argument("--retrieval", action="store_true", help="recall of a model pre-trained with ITM")
+    parser.add_argument("--annotations", type=Path, help="VQA: the split's annotation file")
+    parser.add_argument("--questions", type=Path, help="VQA: the split's question file")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        help="JSON file for the predictions; VQA: as the evaluation server takes it",
     )
     parser.add_argument("--max-samples", type=int, default=0, help="pairs, spread evenly; 0: all (default)")
     parser.add_argument(

@@ -7,6 +7,7 @@ loads them back and compares the logits bit for bit before it says so.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +64,16 @@ def probe_logits(pretrained: Pretrained) -> dict[str, Tensor]:
     side = model.vision.image_size
     pixels = torch.randn(2, 3, side, side, generator=generator)
     device = pretrained.device
-    fused = pretrained.task.model(ids.to(device), mask.to(device), pixels.to(device))
+    task: Any = pretrained.task
+    fused = task.model(ids.to(device), mask.to(device), pixels.to(device))
     logits = {}
-    if pretrained.task.has_mlm:
-        logits["mlm"] = pretrained.task.mlm_score(fused.text_feats)
-    if pretrained.task.has_itm:
-        logits["itm"] = pretrained.task.itm_score(fused.cls_feats)
+    if hasattr(task, "mlm_score"):
+        logits["mlm"] = task.mlm_score(fused.text_feats)
+    for name in ("itm_score", "rank_output", "vqa_classifier", "snli_classifier"):
+        if hasattr(task, name):
+            logits[name] = getattr(task, name)(fused.cls_feats)
+    if hasattr(task, "nlvr2_classifier"):
+        logits["nlvr2_classifier"] = task.nlvr2_classifier(fused.cls_feats.repeat(1, 2))
     return logits
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mt_deepspeed.data.images import decode_image, to_picture
 from mt_deepspeed.data.shards import CaptionDataset
 from mt_deepspeed.pretrained import Guess, Pretrained, load
-from mt_deepspeed.tasks.pretrain import manager_weights
+from mt_deepspeed.tasks.heatmaps import manager_weights
 
 
 @dataclass(frozen=True)

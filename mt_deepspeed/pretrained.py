@@ -24,11 +24,13 @@ from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
 from mt_deepspeed.models.vision_tower import MEAN, STD
 from mt_deepspeed.starting_weights import run_state_dict
-from mt_deepspeed.tasks import build_task
+from mt_deepspeed.tasks import AnyTask, build_task
 from mt_deepspeed.tasks.pretrain import PretrainTask
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, RUN_CONFIG = "model.safetensors", "config.json", "config.yaml"
+ANSWERS = "answers.json"
+"""In the folder of a VQA run and of its exported model: the answers, in the order of their labels."""
 EXPORTED_DATA = ("max_text_len", "padding", "eval_transform")
 
 Picture = str | Path | Image.Image
@@ -50,13 +52,21 @@ class Pretrained:
         task: The model with its heads, in evaluation mode.
         tokenizer: Reads `<mask>` in a text as the mask token.
         provenance: Where the weights come from.
+        answers: VQA: the answers, in the order of their labels.
     """
 
     def __init__(
-        self, config: RunConfig, task: PretrainTask, tokenizer: CaptionTokenizer, provenance: dict[str, Any]
+        self,
+        config: RunConfig,
+        task: AnyTask,
+        tokenizer: CaptionTokenizer,
+        provenance: dict[str, Any],
+        answers: Sequence[str] = (),
     ) -> None:
         self.config = config
-        self.task = task.eval()
+        self.task = task
+        self.task.eval()
+        self.answers = tuple(answers)
         self.tokenizer = tokenizer
         self.provenance = provenance
         self.transform = ImageTransform(
@@ -99,10 +109,11 @@ class Pretrained:
         Raises:
             ValueError: The model was trained without ITM.
         """
-        if not self.task.has_itm:
+        head = getattr(self.task, "itm_score", None)
+        if head is None:
             raise ValueError("this model has no matching head (itm_score): it was trained without ITM")
         fused = self.task.model(*self.tokens(texts), self.pixels(pictures))
-        probability: Tensor = self.task.itm_score(fused.cls_feats).float().softmax(dim=-1)[:, 1]
+        probability: Tensor = head(fused.cls_feats).float().softmax(dim=-1)[:, 1]
         return probability
 
     @torch.no_grad()
@@ -114,7 +125,7 @@ class Pretrained:
         Raises:
             ValueError: No `<mask>` in the text, or the model was trained without MLM.
         """
-        if not self.task.has_mlm:
+        if not isinstance(self.task, PretrainTask) or not self.task.has_mlm:
             raise ValueError("this model has no vocabulary head (mlm_score): it was trained without MLM")
         ids, mask = self.tokens([text])
         chosen = ids == self.tokenizer.mask_id
@@ -143,6 +154,8 @@ class Pretrained:
                 "task": self.config.task,
                 "model": to_dict(self.config.model),
                 "objectives": to_dict(self.config.objectives),
+                "classifier": to_dict(self.config.classifier),
+                "retrieval": to_dict(self.config.retrieval),
                 "data": data,
             },
             "image_processor": {
@@ -155,6 +168,8 @@ class Pretrained:
             "provenance": self.provenance,
         }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        if self.answers:
+            keep_answers(folder, self.answers)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
@@ -184,25 +199,42 @@ def _from_export(folder: Path) -> Pretrained:
             f"{folder / SETTINGS}: format_version {settings.get('format_version')!r}, expected {FORMAT_VERSION}"
         )
     config = from_dict(RunConfig, settings["config"])
-    task = _build(config)
+    task = build_task(config)
     import_checkpoint(task, folder / WEIGHTS)
-    return Pretrained(config, task, _tokenizer(config.data, ".", folder), settings["provenance"])
+    tokenizer = _tokenizer(config.data, ".", folder)
+    return Pretrained(config, task, tokenizer, settings["provenance"], read_answers(folder, config))
 
 
 def _from_run(folder: Path, checkpoint: Path) -> Pretrained:
     config = load_config(files=[folder / RUN_CONFIG])
-    task = _build(config)
+    task = build_task(config)
     import_checkpoint(task, run_state_dict(checkpoint))
     provenance = {"run": folder.resolve().name, "checkpoint": checkpoint.name}
-    return Pretrained(
-        config, task, _tokenizer(config.data, config.data.tokenizer, config.data.root), provenance
-    )
+    tokenizer = _tokenizer(config.data, config.data.tokenizer, config.data.root)
+    return Pretrained(config, task, tokenizer, provenance, read_answers(folder, config))
 
 
-def _build(config: RunConfig) -> PretrainTask:
-    task = build_task(config)
-    assert isinstance(task, PretrainTask)
-    return task
+def keep_answers(folder: Path, answers: Sequence[str]) -> None:
+    """Writes `answers.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ANSWERS).write_text(json.dumps(list(answers), ensure_ascii=False, indent=0) + "\n", "utf-8")
+
+
+def read_answers(folder: Path, config: RunConfig) -> list[str]:
+    """The answers of a VQA model's folder, in the order of their labels; none for other tasks.
+
+    Raises:
+        ValueError: They are missing, or not as many as the model has.
+    """
+    if config.task != "vqa":
+        return []
+    try:
+        answers = json.loads((folder / ANSWERS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / ANSWERS}: the model's answers cannot be read: {error}") from error
+    if not isinstance(answers, list) or len(answers) != config.classifier.num_answers:
+        raise ValueError(f"{folder / ANSWERS}: expected a list of {config.classifier.num_answers} answers")
+    return answers
 
 
 def _tokenizer(data: DataConfig, source: str, root: str | Path) -> CaptionTokenizer:

@@ -1,19 +1,90 @@
 """Weights a run starts from: a whole model, or pre-trained towers."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config import RunConfig, from_dict, load_config, to_dict
+from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.engine.weights import choose_weights, read_weights
 from mt_deepspeed.models.key_maps import plain_name
 from mt_deepspeed.models.state_dicts import KeyReport, import_checkpoint
+from mt_deepspeed.tasks.false_texts import FalseTextsTask
 
 log = logging.getLogger(__name__)
 
 HEADS = ("*_score.*", "*_classifier.*", "rank_output.*", "*itc*", "temperature")
 """Parameters that belong to a task: a starting checkpoint may lack them, or bring others."""
+
+MAY_DIFFER = {
+    "text.pretrained",
+    "text.dropout",
+    "vision.pretrained",
+    "vision.image_size",
+    "cross_modal.dropout",
+    "cross_modal.num_token_types",
+    "link.temperature",
+    "link.learnable_temperature",
+    "link.learnable_weight",
+    "link.noise",
+    "init_std",
+}
+"""Settings of a model that need not be those of the model it starts from: where weights come from, how training
+treats them, and what is resized or extended on the way."""
+
+
+def check_start(config: RunConfig) -> None:
+    """Compares model and tokenizer with those of `checkpoint.init_from`, where that is a run or an exported model.
+
+    Much of it would otherwise pass unseen: another number of heads or another vocabulary of the same size has
+    the same shapes.
+
+    Raises:
+        ValueError: They differ in what must be equal; names every setting with both values.
+    """
+    if config.checkpoint.init_from is None:
+        return
+    folder = Path(config.checkpoint.init_from).expanduser()
+    source = _source_config(folder)
+    if source is None:
+        return
+    own, other = _flat(to_dict(config.model)), _flat(to_dict(source.model))
+    wrong = [key for key in own if key not in MAY_DIFFER and own[key] != other[key]]
+    if wrong:
+        shown = "; ".join(f"model.{key} is {own[key]}, there {other[key]}" for key in wrong)
+        raise ValueError(f"checkpoint.init_from {folder}: another model: {shown}")
+    exported = (folder / "vocab.json").is_file()
+    tokenizer, root = (str(folder.resolve()), ".") if exported else (source.data.tokenizer, source.data.root)
+    try:
+        theirs = load_tokenizer(tokenizer, root, config.data.max_text_len)
+    except ValueError as error:
+        log.warning("checkpoint.init_from %s: its tokenizer cannot be compared: %s", folder, error)
+        return
+    ours = load_tokenizer(config.data.tokenizer, config.data.root, config.data.max_text_len)
+    if ours.vocabulary != theirs.vocabulary:
+        raise ValueError(
+            f"checkpoint.init_from {folder}: it was trained with the tokenizer {tokenizer}, which gives other "
+            f"ids than data.tokenizer {config.data.tokenizer}; set data.tokenizer to the former"
+        )
+
+
+def _source_config(folder: Path) -> RunConfig | None:
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    if (run / "config.yaml").is_file():
+        return load_config(files=[run / "config.yaml"])
+    if (folder / "vocab.json").is_file() and (folder / "config.json").is_file():
+        return from_dict(RunConfig, json.loads((folder / "config.json").read_text("utf-8"))["config"])
+    return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def load_starting_weights(task: nn.Module, config: RunConfig) -> list[KeyReport]:
@@ -27,8 +98,16 @@ def load_starting_weights(task: nn.Module, config: RunConfig) -> list[KeyReport]
     reports = []
     init_from = config.checkpoint.init_from
     if init_from is not None:
-        source = _source(Path(init_from))
-        reports.append(import_checkpoint(task, source, allow_missing=HEADS, allow_unexpected=HEADS))
+        source = _source(Path(init_from).expanduser())
+        report = import_checkpoint(task, source, allow_missing=HEADS, allow_unexpected=HEADS)
+        reports.append(report)
+        if isinstance(task, FalseTextsTask) and "rank_output.weight" in report.missing:
+            if "itm_score.fc.weight" in report.missing:
+                raise ValueError(
+                    f"checkpoint.init_from {init_from}: no matching head (itm_score), which retrieval by false "
+                    "texts starts from; choose a model pre-trained with ITM"
+                )
+            task.rank_from_matching()
     else:
         for tower in (config.model.text.pretrained, config.model.vision.pretrained):
             if tower is not None:

@@ -1,4 +1,4 @@
-"""Pre-trains a model.
+"""Pre-trains a model, or fine-tunes it for a task.
 
 deepspeed --module mt_deepspeed.train --preset managertower-base --deepspeed_config ds_configs/zero2.json \
         --set data.root=/data/shards train.max_steps=1000
@@ -42,12 +42,14 @@ def run(config: RunConfig, deepspeed_config: Path) -> Exit:
     from mt_deepspeed.engine.agreement import RanksFailedError, together
     from mt_deepspeed.engine.context import building
     from mt_deepspeed.engine.ds_config import load_ds_config
+    from mt_deepspeed.engine.gather import gather_rows
     from mt_deepspeed.engine.layer_norms import fuse_layer_norms
     from mt_deepspeed.engine.loop import train
     from mt_deepspeed.engine.stopping import NoProgressError
     from mt_deepspeed.engine.store import CheckpointError
-    from mt_deepspeed.starting_weights import load_starting_weights
-    from mt_deepspeed.tasks import build_task
+    from mt_deepspeed.pretrained import keep_answers
+    from mt_deepspeed.starting_weights import check_start, load_starting_weights
+    from mt_deepspeed.tasks import Ranks, build_task
 
     try:
         place = launch.init()
@@ -57,6 +59,7 @@ def run(config: RunConfig, deepspeed_config: Path) -> Exit:
     def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream]:
         ds_config = load_ds_config(deepspeed_config)
         context = building(config, ds_config, place)
+        check_start(config)
         return ds_config, context, PretrainStream(config, place.rank, place.world_size)
 
     def initialise() -> None:
@@ -68,7 +71,9 @@ def run(config: RunConfig, deepspeed_config: Path) -> Exit:
     try:
         ds_config, context, stream = together(prepare, "preparing the run")
         with context:
-            task = build_task(config)
+            task = build_task(config, Ranks(place.rank, gather_rows))
+        if place.rank == 0 and stream.answers:
+            keep_answers(Path(config.run_dir), stream.answers)
         fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
         return train(config, ds_config, task, stream, batches, place, initialise).exit_code

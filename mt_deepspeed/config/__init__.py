@@ -10,17 +10,20 @@ from mt_deepspeed.config.model import (
 )
 from mt_deepspeed.config.run import (
     CheckpointConfig,
+    ClassifierConfig,
     DataConfig,
     DatasetConfig,
     ObjectivesConfig,
     OptimConfig,
     ResilienceConfig,
+    RetrievalConfig,
     RunConfig,
     TrainConfig,
 )
 
 __all__ = [
     "CheckpointConfig",
+    "ClassifierConfig",
     "ConfigError",
     "CrossModalConfig",
     "DataConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "ObjectivesConfig",
     "OptimConfig",
     "ResilienceConfig",
+    "RetrievalConfig",
     "RunConfig",
     "TextTowerConfig",
     "TrainConfig",

@@ -1,7 +1,8 @@
 """Strict loading of `RunConfig`: defaults <- preset <- YAML files <- `--set a.b=c`.
 
-Later sources override single keys of earlier ones. An unknown key or a value of the wrong type is a
-`ConfigError` that names the source, the key and the nearest valid name.
+Later sources override single keys of earlier ones; a preset may start from another one (`extends: NAME`).
+An unknown key or a value of the wrong type is a `ConfigError` that names the source, the key and the nearest
+valid name.
 """
 
 import dataclasses
@@ -50,8 +51,7 @@ def load_config(
                 f"--preset {preset}: no such preset{_nearest(preset, preset_names())}; "
                 f"there are: {', '.join(preset_names())}"
             )
-        text = (resources.files("mt_deepspeed.config") / "presets" / f"{preset}.yaml").read_text("utf-8")
-        _merge(tree, _parse_yaml(text, f"preset {preset}"))
+        _merge(tree, _read_preset(preset))
     for file in files:
         try:
             text = Path(file).read_text("utf-8")
@@ -107,6 +107,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    text = (resources.files("mt_deepspeed.config") / "presets" / f"{name}.yaml").read_text("utf-8")
+    tree = _parse_yaml(text, f"preset {name}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    whole = _read_preset(base)
+    _merge(whole, tree)
+    return whole
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:

@@ -59,6 +59,37 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The head of VQA, SNLI-VE and NLVR2."""
+
+    layers: Literal[1, 2] = 2
+    """1: a single linear map; 2: linear, LayerNorm, GELU, linear."""
+    scale: float = 2.0
+    """Hidden width of two layers, relative to the text and image features of a pair."""
+    num_answers: int = 3129
+    """VQA: size of the answer vocabulary, which the shards' manifest names."""
+    dropout: float = 0.0
+    """NLVR2: on the features of both images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How retrieval is fine-tuned."""
+
+    objective: Literal["itc_itm", "false_texts"] = "itc_itm"
+    """`itc_itm`: contrastive loss, and matching with negatives drawn by contrastive similarity;
+    `false_texts`: each image's own text among false ones, and matching with random images."""
+    negatives: Literal["global", "local"] = "global"
+    """`itc_itm`: hard negatives come from the micro-batches of all ranks, or from the rank's own."""
+    num_false_texts: int = 15
+    """`false_texts`: false texts per image."""
+    itc_size: int = 256
+    """Width of the contrastive embeddings."""
+    itc_temperature: float = 0.07
+    """Initial contrastive temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW, its parameter groups and the learning-rate schedule."""
 
@@ -137,16 +168,27 @@ class RunConfig:
     """Everything about a run except memory and communication, which `ds_configs/` hold."""
 
     run_dir: str = "runs/default"
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "vqa", "snli_ve", "nlvr2", "retrieval"] = "pretrain"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    """Pre-training only."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """VQA, SNLI-VE and NLVR2 only."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Retrieval only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def __post_init__(self) -> None:
+        token_types = self.model.cross_modal.num_token_types
+        if self.task == "nlvr2" and token_types != 3:
+            raise ValueError(
+                f"model.cross_modal.num_token_types: found {token_types}, expected 3: task nlvr2 tells text, first "
+                "and second image apart"
+            )
         adaptive = self.model.link.kind in ("aaue", "aaue_own_query")
         masked = self.model.mask_padding_in_managers
         if self.data.padding == "auto":

@@ -89,7 +89,7 @@ class BatchMaker:
         size = self.transform.size
         pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
         for out, (dataset, row, position, purpose) in zip(pixels, images, strict=True):
-            out.copy_(self._picture(dataset, row, keyed_generator(self.seed, position, purpose)))
+            out.copy_(self.picture(dataset, row, keyed_generator(self.seed, position, purpose)))
         return {"pixels": pixels, **batch, "sample_ids": torch.from_numpy(plan.samples.copy())}
 
     def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:
@@ -141,8 +141,13 @@ class BatchMaker:
             else:
                 labels_B[i] = 1
 
-    def _picture(self, dataset: int, row: int, generator: np.random.Generator) -> Tensor:
-        image = self.corpus.image(dataset, row)
+    def picture(self, dataset: int, row: int, generator: np.random.Generator, number: int = 0) -> Tensor:
+        """Image `number` of a row, decoded and transformed: `[3, S, S]` uint8.
+
+        Raises:
+            ShardReadError: It cannot be decoded; names file, row and reason.
+        """
+        image = self.corpus.image(dataset, row, number)
         try:
             return self.transform(decode_image(image.data), generator)
         except ValueError as error:

@@ -55,6 +55,7 @@ class Corpus:
                 raise ValueError(f"{dataset.folder}: splits {list(dataset.splits)} hold no texts")
         self.sizes = [dataset.num_pairs for dataset in self.datasets]
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+        self._row_offsets = np.cumsum([0, *(dataset.num_rows for dataset in self.datasets)])
 
     @property
     def num_pairs(self) -> int:
@@ -96,6 +97,10 @@ class Corpus:
         """The first pair of every image that has one, in order."""
         starts = zip(self.datasets, self.offsets, strict=False)
         return np.concatenate([dataset.first_pairs() + start for dataset, start in starts])
+
+    def image_number(self, sample: Sample) -> int:
+        """Number of the sample's image among those of all data sets."""
+        return int(self._row_offsets[sample.dataset]) + sample.row
 
     def image(self, dataset: int, row: int, number: int = 0) -> EncodedImage:
         """The encoded image `number` in row `row` of data set number `dataset`."""

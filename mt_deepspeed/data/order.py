@@ -35,6 +35,8 @@ class Purpose(enum.IntEnum):
     MASK = 2
     IMAGE = 3
     FALSE_IMAGE = 4
+    SECOND_IMAGE = 5
+    FALSE_TEXT = 6
 
 
 def keyed_generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:

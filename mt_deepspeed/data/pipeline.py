@@ -8,11 +8,12 @@ resume is to start at another step, with any number of ranks and workers.
 """
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
 
@@ -20,8 +21,16 @@ from mt_deepspeed.config.run import DataConfig, RunConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch, Negatives
 from mt_deepspeed.data.corpus import Corpus
 from mt_deepspeed.data.order import SampleOrder, micro_batches
+from mt_deepspeed.data.task_batches import (
+    SCHEMA_OF_TASK,
+    TaskBatchMaker,
+    answer_vocabulary,
+    check_annotations,
+)
 from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.data.transforms import ImageTransform
+
+Maker = Callable[[MicroBatch], Batch]
 
 EVALUATION_SEED = 0
 """Masks and negatives of evaluation are the same in every run, whatever its seed."""
@@ -67,6 +76,11 @@ class PretrainStream:
         return self._corpus.num_pairs
 
     @property
+    def answers(self) -> list[str]:
+        """The answers that VQA labels stand for; empty for other tasks."""
+        return answer_vocabulary(self._config, self._corpus) if self._config.task == "vqa" else []
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the sample order follows from: a run continues only on a stream of the same identity."""
         return {
@@ -97,7 +111,8 @@ class PretrainStream:
         positions_G = np.arange(step * train.global_batch_size, (step + 1) * train.global_batch_size)
         located = self._order.locate(positions_G)
         samples_G = self._corpus.offsets[located.dataset] + located.index
-        by_length = self._config.data.padding == "longest"
+        # Retrieval contrasts the texts of a micro-batch: their length should tell nothing.
+        by_length = self._config.data.padding == "longest" and self._config.task != "retrieval"
         dealt = micro_batches(
             self._corpus.caption_bytes(samples_G) if by_length else None,
             train.global_batch_size,
@@ -151,23 +166,57 @@ def eval_batches(
     return _produce(plans, maker, config.data)
 
 
+def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64]:
+    """The pairs that `eval_batches` yields over all ranks, in ascending order."""
+    num_pairs = _eval_corpus(config).num_pairs
+    count = min(max_samples or num_pairs, num_pairs)
+    return np.arange(count) * num_pairs // count
+
+
+def eval_answers(config: RunConfig) -> list[str]:
+    """The answers that the labels of VQA evaluation data stand for."""
+    return answer_vocabulary(config, _eval_corpus(config))
+
+
+def eval_texts(config: RunConfig) -> Iterator[Batch]:
+    """All texts of the evaluation data in order: `text_ids`, `text_mask`, `image_ids`, without images."""
+    corpus, maker = _prepare(config, 0, 1, training=False)
+    assert isinstance(maker, TaskBatchMaker)
+    size = config.train.micro_batch_size
+    for start in range(0, corpus.num_pairs, size):
+        yield maker.texts(np.arange(start, min(start + size, corpus.num_pairs)))
+
+
+def eval_images(config: RunConfig, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's share of the images of the evaluation data: `pixels`, `image_ids`, each image once."""
+    corpus, maker = _prepare(config, rank, world_size, training=False)
+    assert isinstance(maker, TaskBatchMaker)
+    pairs = np.array_split(corpus.first_pairs(), world_size)[rank]
+    size = config.train.micro_batch_size
+    plans = (MicroBatch(part, part) for part in (pairs[i : i + size] for i in range(0, len(pairs), size)))
+    return _produce(plans, maker.images, config.data)
+
+
+def _eval_corpus(config: RunConfig) -> Corpus:
+    return Corpus(config.data.eval, config.data.root, "data.eval", SCHEMA_OF_TASK[config.task])
+
+
 def _eval_plan(start: int, stop: int, count: int, num_pairs: int, rank: int, world_size: int) -> MicroBatch:
     positions = np.array_split(np.arange(start, stop), world_size)[rank]
     return MicroBatch(positions, positions * num_pairs // count)
 
 
-def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, BatchMaker]:
+def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, Maker]:
     """Opens the data and checks that data, tokenizer and configuration fit together."""
-    data, objectives = config.data, config.objectives
-    corpus = Corpus(
-        data.train if training else data.eval, data.root, "data.train" if training else "data.eval"
-    )
+    data, objectives, pretraining = config.data, config.objectives, config.task == "pretrain"
+    key = "data.train" if training else "data.eval"
+    corpus = Corpus(data.train if training else data.eval, data.root, key, SCHEMA_OF_TASK[config.task])
     if corpus.weights and not training:
         raise ValueError("data.eval: weights have no meaning in evaluation; every pair is taken once")
     tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
     _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
-    negatives: Negatives | None = objectives.itm_negatives if training else "dataset"
-    if objectives.itm_weight <= 0:
+    negatives: Negatives | None = objectives.itm_negatives if training and pretraining else "dataset"
+    if not _has_random_matching(config):
         negatives = None
     elif negatives == "in_batch" and config.train.micro_batch_size < 2:
         raise ValueError("objectives.itm_negatives in_batch needs train.micro_batch_size >= 2")
@@ -175,16 +224,28 @@ def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> t
         raise ValueError("ITM needs at least two images in every data set to draw negatives from")
     corpus.check(rank, world_size)
     name = data.train_transform if training else data.eval_transform
-    return corpus, BatchMaker(
+    padded = data.padding == "max_length" or (config.task == "retrieval" and world_size > 1)
+    maker = BatchMaker(
         corpus=corpus,
         tokenizer=tokenizer,
         transform=ImageTransform(name, config.model.vision.image_size, train=training),
         seed=config.train.seed if training else EVALUATION_SEED,
-        pad_to=data.max_text_len if data.padding == "max_length" else None,
-        mlm_probability=objectives.mlm_probability if objectives.mlm_weight > 0 else None,
+        pad_to=data.max_text_len if padded else None,  # ranks that exchange texts need one length
+        mlm_probability=objectives.mlm_probability if pretraining and objectives.mlm_weight > 0 else None,
         whole_words=objectives.whole_word_masking,
         negatives=negatives,
     )
+    if pretraining:
+        return corpus, maker
+    check_annotations(config, corpus, key, training)
+    return corpus, TaskBatchMaker(config=config, maker=maker, training=training)
+
+
+def _has_random_matching(config: RunConfig) -> bool:
+    """Whether texts are matched with randomly drawn images."""
+    if config.task == "pretrain":
+        return config.objectives.itm_weight > 0
+    return config.task == "retrieval" and config.retrieval.objective == "false_texts"
 
 
 def _check_text(config: RunConfig, vocab_size: int, pad_id: int) -> None:
@@ -205,16 +266,14 @@ def _check_text(config: RunConfig, vocab_size: int, pad_id: int) -> None:
 class _Made(Dataset[Batch]):
     """A map-style view for `DataLoader`: the key is the plan itself."""
 
-    def __init__(self, maker: BatchMaker) -> None:
+    def __init__(self, maker: Maker) -> None:
         self._maker = maker
 
     def __getitem__(self, plan: MicroBatch) -> Batch:
         return self._maker(plan)
 
 
-def _produce(
-    plans: Iterator[MicroBatch], maker: BatchMaker, data: DataConfig
-) -> Generator[Batch, None, None]:
+def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Batch, None, None]:
     """Makes the batches of `plans`, in order, by the workers the configuration asks for.
 
     Threads do well because decoding, resizing and tokenising run outside the interpreter's lock. Processes go

@@ -71,6 +71,12 @@ class CaptionTokenizer:
         plain = sorted(i for text, i in vocabulary if text not in special and not _FILLER.fullmatch(text))
         self._plain_ids = np.array(plain, dtype=np.int64)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        vocabulary: dict[str, int] = self._backend.get_vocab()
+        return vocabulary
+
     def encode(self, text: str) -> EncodedText:
         """Token ids and word numbers of one text, cut to `max_text_len` tokens."""
         encoding = self._backend.encode(text)

@@ -11,19 +11,26 @@ from mt_deepspeed.models.two_tower import TwoTowerModel
 
 
 def forward_flops(
-    config: ModelConfig, text_tokens: int, pairs: float, images: float, masked_tokens: float
+    config: ModelConfig,
+    text_tokens: int,
+    pairs: float,
+    images: float,
+    masked_tokens: float,
+    texts: float | None = None,
 ) -> float:
     """Operations per sample (a multiply-add counts as two): matrix products, convolution and attention.
 
     Args:
         config: The model.
         text_tokens: Length of each text.
-        pairs: Texts encoded and pairs fused per sample.
+        pairs: Pairs fused per sample.
         images: Images encoded per sample.
         masked_tokens: Positions that reach the vocabulary head per sample.
+        texts: Texts encoded per sample; None: one for each pair.
     """
+    texts = pairs if texts is None else texts
     text, image, fusion, head = _parts(config, text_tokens)
-    return pairs * (text + fusion) + images * image + masked_tokens * head
+    return texts * text + pairs * fusion + images * image + masked_tokens * head
 
 
 @lru_cache(maxsize=64)

@@ -14,10 +14,10 @@ from mt_deepspeed.models.heads import LinearHead, MLMHead, attach_heads
 from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
+from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.roles import published_role
 
 Batch = dict[str, Tensor]
-
-HEADS = ("mlm_score", "itm_score")
 
 
 class PretrainTask(nn.Module):
@@ -159,28 +159,5 @@ class PretrainTask(nn.Module):
 
     @staticmethod
     def parameter_role(name: str) -> str:
-        """The published learning-rate groups: heads, cross-modal parts, and all else (the towers)."""
-        if any(head in name for head in HEADS):
-            return "head"
-        return "cross_modal" if "cross_modal" in name else "tower"
-
-
-def manager_weights(record: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Mean weight of each managed uni-modal layer in each cross-modal layer.
-
-    Args:
-        record: Intermediates of `TwoTowerModel.fuse_experts`.
-        num_layers: Cross-modal layers.
-
-    Returns:
-        `text` and `image`: float32 `[num_layers, N]` on the CPU, averaged over channels, tokens and rows.
-    """
-    tables = {}
-    for modality in ("text", "image"):
-        rows = []
-        for layer in range(num_layers):
-            weights = record[f"manager.{modality}.{layer}.weights"].float()
-            # Static managers: [N, D]; adaptive ones: [B, L, N].
-            rows.append(weights.mean(dim=-1) if weights.dim() == 2 else weights.mean(dim=(0, 1)))
-        tables[modality] = torch.stack(rows).cpu()
-    return tables
+        """See `published_role`."""
+        return published_role(name)

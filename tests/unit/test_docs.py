@@ -99,8 +99,8 @@ def test_presets_exist(page: Path) -> None:
     assert set(re.findall(r"--preset ([\w-]+)", prose(page))) <= set(preset_names())
 
 
-def test_training_page_lists_presets_and_deepspeed_files() -> None:
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+def test_pages_list_presets_and_deepspeed_files() -> None:
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "tasks.md"))
     files = [path.name for path in (ROOT / "ds_configs").glob("*.json")]
     assert not [name for name in [*preset_names(), *files] if f"| `{name}` |" not in text]
 

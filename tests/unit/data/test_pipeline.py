@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mt_deepspeed.config.run import DatasetConfig
-from mt_deepspeed.data.collate import Batch, MicroBatch
+from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch
 from mt_deepspeed.data.pipeline import PretrainStream
 from tests.helpers.datasets import configuration, make_rows, take, write_dataset
 
@@ -124,6 +124,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
         assert torch.equal(index[labels == 1], torch.arange(4)[labels == 1])
         assert torch.equal(index[labels == 0], torch.arange(4, 4 + false_images))
         for row, sample in enumerate(batch["sample_ids"].tolist()):
+            assert isinstance(stream._maker, BatchMaker)
             ids = stream._maker.tokenizer.encode(captions[sample]).ids
             assert batch["text_ids"][row, : len(ids)].tolist() == ids.tolist()
     stream.close()
@@ -142,6 +143,7 @@ def test_texts_of_like_length_meet(root: Path) -> None:
 def test_half_of_the_pairs_match_and_the_others_never_do(root: Path) -> None:
     config = configuration(root, seed=11)
     stream = PretrainStream(config, 0, 1)
+    assert isinstance(stream._maker, BatchMaker)
     labels: list[tuple[int, int]] = []
     for step in range(20):
         for plan in stream.plan(step):

@@ -1,0 +1,149 @@
+"""What VQA, SNLI-VE and NLVR2 have in common: one text, one or two images, one answer among C.
+
+Shapes: B samples, L text tokens, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config.model import HeadsConfig
+from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.flops import forward_flops
+from mt_deepspeed.models.heads import attach_heads
+from mt_deepspeed.models.managers import Record
+from mt_deepspeed.models.two_tower import TwoTowerModel
+from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.roles import published_role
+
+Batch = dict[str, Tensor]
+
+
+class ClassificationTask(nn.Module):
+    """A two-tower model with a classifier on the features of a pair.
+
+    Args:
+        config: The run.
+        heads: The head; it stands under `head_name`.
+    """
+
+    head_name: str
+    loss_name: str
+    metric_name = "accuracy"
+    num_images = 1
+
+    def __init__(self, config: RunConfig, heads: HeadsConfig) -> None:
+        super().__init__()
+        self.model = TwoTowerModel(config.model)
+        attach_heads(self, config.model, heads)
+        self.loss_weights = {self.loss_name: 1.0}
+        self.eval_sets = eval_set_names(config)
+        self._manager_weights: dict[str, Tensor] = {}
+        self._text_len = 0
+
+    def features(self, batch: Batch, record: Record | None = None) -> Tensor:
+        """What the head reads, `[B, features]`."""
+        self._text_len = batch["text_mask"].shape[1]
+        text = self.model.encode_text(batch["text_ids"], batch["text_mask"])
+        image = self.model.encode_image(batch["pixels"])
+        return self.model.fuse(text, image, batch["text_mask"], record=record).cls_feats
+
+    def logits(self, batch: Batch, record: Record | None = None) -> Tensor:
+        """`[B, C]` of a batch with `pixels`, `text_ids`, `text_mask`."""
+        logits: Tensor = getattr(self, self.head_name)(self.features(batch, record))
+        return logits
+
+    def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of the batch."""
+        raise NotImplementedError
+
+    def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What each sample's likeliest class earns, and 1 where it counts at all: `[B]`, `[B]`."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
+        """Loss and metric of one micro-batch; keys as in `data.task_batches`."""
+        logits_BC = self.logits(batch)
+        earned_B, counted_B = self.points(logits_BC, batch)
+        return {self.loss_name: self.loss(logits_BC, batch)}, {
+            self.metric_name: pair(earned_B.sum(), counted_B.sum())
+        }
+
+    def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples of one micro-batch."""
+        return {self.loss_name: torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)}
+
+    def eval_step(self, batch: Batch) -> Report:
+        """(sum, count) of loss and metric; remembers the managers' weights."""
+        return self.metrics(self.eval_logits(batch), batch)
+
+    def eval_logits(self, batch: Batch) -> Tensor:
+        """As `logits`; the first time since `heatmaps`, keeps the managers' weights."""
+        if self._manager_weights or not self.model.config.has_managers:
+            return self.logits(batch)
+        record: Record = {}
+        logits_BC = self.logits(batch, record)
+        self._manager_weights = manager_weights(record, self.model.config.cross_modal.num_layers)
+        return logits_BC
+
+    def metrics(self, logits_BC: Tensor, batch: Batch) -> Report:
+        """(sum, count) of loss and metric, the metric also for each evaluation set."""
+        earned_B, counted_B = self.points(logits_BC, batch)
+        labelled = counted_B.sum()
+        report = {
+            self.metric_name: pair(earned_B.sum(), labelled),
+            f"{self.loss_name}_loss": pair(self.loss(logits_BC, batch) * labelled, labelled),
+        }
+        if len(self.eval_sets) > 1:
+            for number, name in enumerate(self.eval_sets):
+                here_B = batch["dataset_ids"] == number
+                key = f"{self.metric_name}/{name}"
+                report[key] = pair((earned_B * here_B).sum(), (counted_B * here_B).sum())
+        return report
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The metric on the first evaluation set: later ones (test sets) choose no checkpoint."""
+        first = f"{self.metric_name}/{self.eval_sets[0]}" if self.eval_sets else self.metric_name
+        return metrics.get(first, metrics[self.metric_name])
+
+    def heatmaps(self) -> dict[str, Tensor]:
+        """`manager_weights/text` and `/image`: `[cross-modal layer, managed layer]`, averaged over a batch."""
+        weights, self._manager_weights = self._manager_weights, {}
+        return {f"manager_weights/{modality}": weight for modality, weight in weights.items()}
+
+    def checkpointable_layers(self) -> list[nn.Module]:
+        """Layers that activation checkpointing may wrap."""
+        return self.model.checkpointable_layers()
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
+        tokens = self._text_len or self.model.config.text.max_positions
+        return 3 * forward_flops(self.model.config, tokens, self.num_images, self.num_images, 0, texts=1)
+
+    @staticmethod
+    def parameter_role(name: str) -> str:
+        """See `published_role`."""
+        return published_role(name)
+
+
+def eval_set_names(config: RunConfig) -> list[str]:
+    """A name for each data set of `data.eval`: its splits, with its folder's name where they are not unique."""
+    splits = ["+".join(dataset.splits) for dataset in config.data.eval]
+    if len(set(splits)) == len(splits):
+        return splits
+    names = [f"{dataset.path}:{split}" for dataset, split in zip(config.data.eval, splits, strict=True)]
+    return names if len(set(names)) == len(names) else [f"{i}:{name}" for i, name in enumerate(names)]
+
+
+def accuracy_points(logits_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where the likeliest class is the label, and 1 everywhere."""
+    return (logits_BC.argmax(dim=-1) == labels_B).double(), torch.ones_like(labels_B, dtype=torch.float64)
+
+
+def classifier_heads(config: RunConfig, **wanted: bool | int) -> HeadsConfig:
+    """The configured depth and width for the heads `wanted`."""
+    return HeadsConfig(
+        classifier_layers=config.classifier.layers,
+        classifier_scale=config.classifier.scale,
+        **wanted,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,117 @@
+"""Image-text retrieval by false texts: find the own text of an image among others (as ViLT and METER do).
+
+Shapes: B samples, F false images, n false texts, L text tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config.model import HeadsConfig
+from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.flops import forward_flops
+from mt_deepspeed.models.heads import LinearHead, attach_heads
+from mt_deepspeed.models.partition import whole
+from mt_deepspeed.models.two_tower import TwoTowerModel
+from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
+from mt_deepspeed.tasks.roles import published_role
+
+Batch = dict[str, Tensor]
+
+
+class FalseTextsTask(nn.Module):
+    """Cross-entropy of the own text among 1 + n, and matching with random images under a frozen head.
+
+    The score `rank_output` starts as the matched row of `itm_score` (`rank_from_matching`), which stays as it is.
+    """
+
+    itm_score: LinearHead
+    rank_output: nn.Linear
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config = config.retrieval
+        self.model = TwoTowerModel(config.model)
+        attach_heads(self, config.model, HeadsConfig(itm=True, rank=True))
+        self.itm_score.requires_grad_(False)
+        self.loss_weights = {"irtr": 1.0, "itm": 1.0}
+        self._text_len = 0
+
+    @torch.no_grad()
+    def rank_from_matching(self) -> None:
+        """Copies the matched row of `itm_score` to `rank_output`; for a checkpoint without the latter."""
+        for own, other in (
+            (self.rank_output.weight, self.itm_score.fc.weight),
+            (self.rank_output.bias, self.itm_score.fc.bias),
+        ):
+            with whole(other, write=False), whole(own):
+                own.copy_(other[1:])
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
+        """Losses of one micro-batch.
+
+        Args:
+            batch: `pixels [B+F,3,S,S]`, `choice_ids`, `choice_mask [B,1+n,L]` (own text first),
+                `itm_image_index [B]` (rows of `pixels`), `itm_labels [B]`.
+        """
+        ids, mask = batch["choice_ids"], batch["choice_mask"]
+        rows, choices, self._text_len = ids.shape
+        mask_CL = mask.flatten(0, 1)
+        texts = self.model.text_experts(self.model.encode_text(ids.flatten(0, 1), mask_CL))
+        images = self.model.image_experts(self.model.encode_image(batch["pixels"]))
+        every = torch.arange(rows, device=ids.device)
+        # First the B x (1 + n) pairs of own image and choice, then the B pairs to be matched.
+        text_rows = torch.cat([torch.arange(rows * choices, device=ids.device), every * choices])
+        image_rows = torch.cat([every.repeat_interleave(choices), batch["itm_image_index"]])
+        fused = self.model.fuse_experts(
+            [expert[text_rows] for expert in texts],
+            [expert[image_rows] for expert in images],
+            mask_CL[text_rows],
+        )
+        scores = self.rank_output(fused.cls_feats[: rows * choices]).view(rows, choices)
+        logits = self.itm_score(fused.cls_feats[rows * choices :])
+        losses = {
+            "irtr": false_text_loss(scores),
+            "itm": matching_loss(logits, batch["itm_labels"]),
+        }
+        return losses, {
+            "irtr_accuracy": pair((scores.argmax(dim=1) == 0).sum(), rows),
+            "itm_accuracy": pair((logits.argmax(dim=1) == batch["itm_labels"]).sum(), rows),
+        }
+
+    def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples of one micro-batch."""
+        rows = torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)
+        return {"irtr": rows, "itm": rows}
+
+    def eval_step(self, batch: Batch) -> Report:
+        """(sum, count) of losses and accuracies; recall is measured apart."""
+        losses, report = self(batch)
+        for name, count in self.loss_counts(batch).items():
+            report[f"{name}_loss"] = pair(losses[name] * count, count)
+        return report
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """Minus the loss, as the published code chooses its checkpoints."""
+        return -metrics["irtr_loss"]
+
+    def heatmaps(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def checkpointable_layers(self) -> list[nn.Module]:
+        """Layers that activation checkpointing may wrap."""
+        return self.model.checkpointable_layers()
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
+        tokens = self._text_len or self.model.config.text.max_positions
+        choices = 1 + self.config.num_false_texts
+        return 3 * forward_flops(
+            self.model.config, tokens, pairs=choices + 1, images=1.5, masked_tokens=0, texts=choices
+        )
+
+    @staticmethod
+    def parameter_role(name: str) -> str:
+        """See `published_role`."""
+        return published_role(name)

@@ -1,0 +1,10 @@
+"""The learning-rate groups of the published code."""
+
+HEADS = ("mlm_score", "itm_score", "vqa_classifier", "nlvr2_classifier", "snli_classifier")
+
+
+def published_role(name: str) -> str:
+    """`head`, `cross_modal`, or `tower` for all else (which includes type and layer embeddings)."""
+    if any(head in name for head in HEADS):
+        return "head"
+    return "cross_modal" if "cross_modal" in name else "tower"
