@@ -12,7 +12,7 @@ PNG = picture(0)
 
 
 class PictureServer(ThreadingHTTPServer):
-    """Serves `/<behaviour>/<anything>`; `asked` counts paths, `most` is the most requests at a time."""
+    """Serves `/<behaviour>/<anything>`; `asked` counts paths, `most` is the most pauses at a time."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -55,14 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[self.path] += 1
             self.server.agents.add(self.headers["User-Agent"])
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        try:
-            kind = self.path.split("/")[1].partition("?")[0]
-            getattr(self, f"do_{kind}", self.do_status)(kind)
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
+        kind = self.path.split("/")[1].partition("?")[0]
+        getattr(self, f"do_{kind}", self.do_status)(kind)
 
     def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -80,7 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, PNG, Content_Type="image/png")
 
     def do_pause(self, _: str) -> None:
+        with self.server.lock:
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
         self.server.over.wait(0.05)
+        with self.server.lock:  # before the answer: whoever has it may ask again at once
+            self.server.now -= 1
         self.do_ok("")
 
     def do_flaky(self, _: str) -> None:
