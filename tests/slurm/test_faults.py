@@ -42,6 +42,7 @@ def test_a_lost_node(jobs: Jobs, undisturbed: Path) -> None:
     assert_same_result(run, undisturbed)
 
 
+@pytest.mark.slow  # the quick tests have a lost node, and what the script does when a rank is killed
 def test_a_killed_rank(jobs: Jobs, undisturbed: Path) -> None:
     run = jobs.folder / "run"
     job = jobs.pretrain(run)

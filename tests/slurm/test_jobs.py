@@ -72,18 +72,13 @@ def test_deepspeeds_launchers_stop_and_continue_too(jobs: Jobs, undisturbed: Pat
     assert_same_result(run, undisturbed)
 
 
-def test_scripts_that_were_copied_beside_an_installed_package(jobs: Jobs) -> None:
+def test_fine_tuning_with_scripts_copied_beside_an_installed_package(jobs: Jobs, undisturbed: Path) -> None:
     for name in ("slurm", "ds_configs"):
         shutil.copytree(ROOT / name, jobs.folder / name)
-    arguments = train_arguments(jobs.shards, jobs.folder / "weights", "train.max_steps=1")
+    run = jobs.folder / "run"
+    arguments = train_arguments(jobs.shards, run, "train.max_steps=1", "train.micro_batch_size=8")
     options = (*TWO_NODES, "--nodes=1", f"--output={jobs.folder}/%j.out")
-    variables = {**VARIABLES, "PYTHONPATH": str(ROOT)}  # stands for the installation
-    script = jobs.folder / "slurm" / "pretrain.sbatch"
-    job = jobs.cluster.submit(script, *arguments, "train.micro_batch_size=8", options=options, **variables)
-    jobs.finish(job)
-    arguments = train_arguments(jobs.shards, jobs.folder / "tuned", "train.max_steps=1")
-    variables["WEIGHTS"] = str(jobs.folder / "weights")
-    script = script.with_name("finetune.sbatch")
-    job = jobs.cluster.submit(script, *arguments, "train.micro_batch_size=8", options=options, **variables)
-    jobs.finish(job)
-    assert f"init_from: {jobs.folder}/weights" in (jobs.folder / "tuned" / "config.yaml").read_text("utf-8")
+    variables = {**VARIABLES, "PYTHONPATH": str(ROOT), "WEIGHTS": str(undisturbed)}  # PYTHONPATH: "installed"
+    script = jobs.folder / "slurm" / "finetune.sbatch"
+    jobs.finish(jobs.cluster.submit(script, *arguments, options=options, **variables))
+    assert f"init_from: {undisturbed}" in (run / "config.yaml").read_text("utf-8")
