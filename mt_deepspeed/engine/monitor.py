@@ -15,36 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mt_deepspeed.engine.evaluate import reduce_report
+from mt_deepspeed.engine.gpus import peak_tflops
 from mt_deepspeed.engine.protocols import Report
 from mt_deepspeed.engine.runner import add_reports
 from mt_deepspeed.engine.step import StepResult
 
 log = logging.getLogger(__name__)
-
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "GH200": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A40": 150.0,
-    "A30": 165.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
-"""Dense half-precision peak of GPUs whose name holds the key (vendors' data sheets); first match counts."""
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Half-precision peak of a GPU by its name; None if unknown."""
-    return next((value for key, value in PEAK_TFLOPS.items() if key in device_name), None)
 
 
 def throughput(

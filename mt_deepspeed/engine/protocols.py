@@ -35,8 +35,9 @@ class Task(Protocol):
     """An `nn.Module` that owns model, heads and losses.
 
     A task may also offer `flops_per_sample() -> float` (model FLOPs of one sample, forward and
-    backward; enables TFLOP/s and MFU) and `checkpointable_layers() -> list[nn.Module]` (layers that
-    activation checkpointing may wrap, in order).
+    backward; enables TFLOP/s and MFU), `checkpointable_layers() -> list[nn.Module]` (layers that
+    activation checkpointing may wrap, in order) and `fake_batch(samples: int, text_len: int) -> Batch`
+    (noise with the shapes of a real batch; enables dry runs).
     """
 
     loss_weights: dict[str, float]

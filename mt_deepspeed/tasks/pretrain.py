@@ -103,6 +103,36 @@ class PretrainTask(nn.Module):
             counts["itm"] = torch.tensor(len(batch["itm_labels"]), device=batch["itm_labels"].device)
         return counts
 
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """A batch of noise with the shapes and the value ranges of real ones, to measure with and to try a run on.
+
+        Args:
+            samples: B.
+            text_len: L; every text is that long.
+        """
+        config = self.model.config
+        side, vocab, pad = config.vision.image_size, config.text.vocab_size, config.text.pad_token_id
+        false_images = samples // 2 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0
+        ids_BL = torch.randint(pad + 1, vocab, (samples, text_len))
+        batch = {
+            "pixels": torch.randint(256, (samples + false_images, 3, side, side), dtype=torch.uint8),
+            "text_ids": ids_BL,
+            "text_mask": torch.ones_like(ids_BL),
+            "sample_ids": torch.arange(samples),
+        }
+        if self.has_mlm:
+            labels_BL = torch.full_like(ids_BL, IGNORED)
+            masked = max(1, round(self.objectives.mlm_probability * text_len))
+            labels_BL[:, 1 : 1 + masked] = ids_BL[:, 1 : 1 + masked]
+            batch |= {"mlm_ids": ids_BL.clone(), "mlm_labels": labels_BL}
+        if self.has_itm:
+            index_B = torch.arange(samples)
+            index_B[:false_images] += samples if false_images else 0
+            labels_B = torch.ones(samples, dtype=torch.int64)
+            labels_B[: samples // 2] = 0
+            batch |= {"itm_image_index": index_B, "itm_labels": labels_B}
+        return batch
+
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies of one evaluation batch; remembers the managers' weights."""
         if not self._manager_weights and self.model.config.has_managers:
@@ -149,9 +179,9 @@ class PretrainTask(nn.Module):
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
 
-    def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
-        tokens = self._text_len or self.model.config.text.max_positions
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
+        tokens = text_len or self._text_len or self.model.config.text.max_positions
         false_images = 0.5 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0.0
         pairs = len(self.loss_weights)
         masked = self.objectives.mlm_probability * tokens if self.has_mlm else 0.0

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "mt_deepspeed.config",
     },
     "mt_deepspeed.engine": {"mt_deepspeed.config"},
+    "mt_deepspeed.planning": {"mt_deepspeed.config", "mt_deepspeed.engine", "mt_deepspeed.tasks"},
 }
 ENTRY_MODULES = "mt_deepspeed"  # the modules directly in this package: they put the rooms together
 

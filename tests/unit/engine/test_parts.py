@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mt_deepspeed.engine.activation_checkpointing import wrap_layers
+from mt_deepspeed.engine.gpus import peak_tflops
 from mt_deepspeed.engine.gradients import EngineError, StepGuard
 from mt_deepspeed.engine.loop import evaluation_due
-from mt_deepspeed.engine.monitor import clock, heatmap, peak_tflops, throughput
+from mt_deepspeed.engine.monitor import clock, heatmap, throughput
 from mt_deepspeed.engine.precision import LossScale
 from mt_deepspeed.engine.saving import differences
 from mt_deepspeed.engine.step import derive_seed, norm_is_finite

@@ -1,0 +1,52 @@
+"""Memory counted on fake tensors against the same count on real ones, and its growth with the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mt_deepspeed.config import DataConfig, RunConfig, TrainConfig
+from mt_deepspeed.planning.activations import SIZES, activation_bytes, num_labelled, peak_bytes, recompute
+from mt_deepspeed.planning.states import plannable_task
+from tests.helpers.tiny_model import tiny_config
+
+TEXT_LEN = 9
+
+
+def config(precision: str = "bf16") -> RunConfig:
+    return RunConfig(
+        model=tiny_config(dropout=0.1),
+        data=DataConfig(max_text_len=TEXT_LEN),
+        train=TrainConfig(precision=precision),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fake_tensors_count_as_real_ones(precision: str, checkpointing: int) -> None:
+    run = config(precision)
+    task = plannable_task(run).train()
+    recompute(task.checkpointable_layers(), checkpointing, precision)
+    line = activation_bytes(run, checkpointing, TEXT_LEN)
+    for size, tolerance in ((SIZES[0], 0.0), (SIZES[1], 0.0), (2 * SIZES[1], 0.05)):
+        batch = task.fake_batch(size, TEXT_LEN)
+        real = peak_bytes(task, batch, precision, num_labelled(batch))
+        assert line.at(size) == pytest.approx(real, rel=tolerance), size
+
+
+def test_recomputing_and_half_precision_need_less() -> None:
+    whole, half = (activation_bytes(config(precision), 0, TEXT_LEN) for precision in ("fp32", "bf16"))
+    assert half.per_sample < whole.per_sample
+    assert activation_bytes(config(), 1, TEXT_LEN).per_sample < half.per_sample
+    # Autocast keeps a half-precision copy of every matrix until the backward pass is over.
+    assert half.fixed > whole.fixed
+
+
+def test_fake_batch_is_one_the_task_can_learn_from() -> None:
+    run = config("fp32")
+    task = plannable_task(run)
+    batch = task.fake_batch(6, TEXT_LEN)
+    losses, report = task(batch)
+    assert all(bool(torch.isfinite(loss)) for loss in losses.values())
+    assert batch["pixels"].shape[0] == 9  # six pictures and three false ones
+    assert float(report["itm_accuracy"][1]) == 6
