@@ -4,6 +4,7 @@ deepspeed --module mt_deepspeed.train --preset managertower-base --deepspeed_con
         --set data.root=/data/shards train.max_steps=1000
 srun python -m mt_deepspeed.train ...        # one task per rank
 python -m mt_deepspeed.train ...             # one process
+... --dry-run                                # all checks, and two steps on invented samples; writes nothing
 """
 
 import argparse
@@ -20,7 +21,7 @@ from mt_deepspeed.engine.exit_codes import Exit
 def main(arguments: list[str] | None = None) -> None:
     """The command line; ends with one of `Exit`."""
     signals.install()
-    args = _parse(arguments)
+    args = parser("mt_deepspeed.train", __doc__).parse_args(arguments)
     try:
         config = load_config(args.preset, args.config, args.set)
     except ValueError as error:
@@ -30,37 +31,47 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if config.data.worker_kind == "process":
         signals.start_fork_server()
-    sys.exit(run(config, args.deepspeed_config))
+    sys.exit(run(config, args.deepspeed_config, args.dry_run))
 
 
-def run(config: RunConfig, deepspeed_config: Path) -> Exit:
-    """Trains on the ranks the environment describes; what is wrong at the start ends all of them with one message."""
+def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
+    """Trains on the ranks the environment describes; what is wrong at the start ends all of them with one message.
+
+    Args:
+        dry: Only all checks, and two steps on invented samples; the data may be missing, and nothing is written.
+    """
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
     from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
     from mt_deepspeed.data.shards import ShardReadError
     from mt_deepspeed.engine import launch
     from mt_deepspeed.engine.agreement import RanksFailedError, together
     from mt_deepspeed.engine.context import building
+    from mt_deepspeed.engine.dry_run import dry_run
     from mt_deepspeed.engine.ds_config import load_ds_config
     from mt_deepspeed.engine.gather import gather_rows
     from mt_deepspeed.engine.layer_norms import fuse_layer_norms
     from mt_deepspeed.engine.loop import train
     from mt_deepspeed.engine.stopping import NoProgressError
     from mt_deepspeed.engine.store import CheckpointError
+    from mt_deepspeed.preflight import data_is_there, preflight
     from mt_deepspeed.pretrained import keep_answers
     from mt_deepspeed.starting_weights import check_start, load_starting_weights
     from mt_deepspeed.tasks import Ranks, build_task
 
     try:
+        code = preflight(config, dry)
+        if code != Exit.FINISHED:
+            return code
         place = launch.init()
     except launch.LaunchError as error:
         sys.exit(f"error: {error}")
 
-    def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream]:
+    def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream | None]:
         ds_config = load_ds_config(deepspeed_config)
         context = building(config, ds_config, place)
         check_start(config)
-        return ds_config, context, PretrainStream(config, place.rank, place.world_size)
+        has_data = not dry or data_is_there(config)
+        return ds_config, context, PretrainStream(config, place.rank, place.world_size) if has_data else None
 
     def initialise() -> None:
         try:
@@ -72,9 +83,12 @@ def run(config: RunConfig, deepspeed_config: Path) -> Exit:
         ds_config, context, stream = together(prepare, "preparing the run")
         with context:
             task = build_task(config, Ranks(place.rank, gather_rows))
+        fuse_layer_norms(task, place.device)
+        if dry or stream is None:
+            dry_run(config, ds_config, task, place, initialise)
+            return Exit.FINISHED
         if place.rank == 0 and stream.answers:
             keep_answers(Path(config.run_dir), stream.answers)
-        fuse_layer_norms(task, place.device)
         batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
         return train(config, ds_config, task, stream, batches, place, initialise).exit_code
     except NoProgressError as error:
@@ -89,9 +103,10 @@ def run(config: RunConfig, deepspeed_config: Path) -> Exit:
         launch.shutdown()
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments that say which run is meant."""
     parser = argparse.ArgumentParser(
-        prog="mt_deepspeed.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}")
     parser.add_argument(
@@ -109,8 +124,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="all checks, and two steps on invented samples; needs no data, writes nothing",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

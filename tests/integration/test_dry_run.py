@@ -1,0 +1,32 @@
+"""`--dry-run`: a run without data on several ranks, and what it must not leave behind or let pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mt_deepspeed import train
+from mt_deepspeed.config import load_config
+from mt_deepspeed.engine.exit_codes import Exit
+from mt_deepspeed.engine.launch import Place
+from tests.helpers.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def dry(place: Place, run_dir: Path, deepspeed_config: Path, *settings: str) -> int:
+    small = ["train.global_batch_size=8", "train.micro_batch_size=2", f"run_dir={run_dir}"]
+    config = load_config("quickstart", overrides=[*small, f"data.root={run_dir / 'nothing'}", *settings])
+    return int(train.run(config, deepspeed_config, dry=True))
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path: Path) -> None:
+    found = run_ranks(2, dry, tmp_path / "run", ROOT / "ds_configs" / "zero2.json")
+    assert found == [Exit.FINISHED, Exit.FINISHED]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="cannot be split"):  # SystemExit inside a rank
+        run_ranks(1, dry, tmp_path / "run", ROOT / "ds_configs" / "zero1.json", "train.micro_batch_size=3")
