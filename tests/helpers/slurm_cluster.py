@@ -52,6 +52,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 ReturnToService=2
+# An order that a busy node answers too late is sent again a minute later, and would end the job's next start.
+MessageTimeout=60
 KillWait={kill_wait_s}
 SlurmdTimeout={node_timeout_s}
 InactiveLimit=0
@@ -86,7 +88,7 @@ class Cluster:
     """
 
     def __init__(
-        self, folder: Path, nodes: int, cpus: int = 2, node_timeout_s: int = 10, kill_wait_s: int = 10
+        self, folder: Path, nodes: int, cpus: int = 2, node_timeout_s: int = 10, kill_wait_s: int = 5
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
