@@ -32,6 +32,8 @@ SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job waits for its old credential to expire: 2 minutes unless this says less (at least 5 s).
 AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+# Jobs make their port of their number, and several clusters may share this host.
+FirstJobId={first_job}
 SlurmctldPort={port}
 SrunPortRange={srun_ports}
 StateSaveLocation={folder}/state
@@ -120,6 +122,7 @@ class Cluster:
             "folder": self.folder,
             "nodes": len(self.nodes),
             "port": ports[0],
+            "first_job": random.randrange(1, 50000),
             "node_ports": f"{first_node}-{first_node + len(self.nodes) - 1}",
             "srun_ports": f"{first_node + len(self.nodes)}-{ports[-1]}",
         }

@@ -59,3 +59,12 @@ def test_an_error_that_all_ranks_meet_ends_the_job(jobs: Jobs) -> None:
     state = jobs.cluster.wait(job, log=jobs.folder / f"{job}.out")
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0"), jobs.log(job)
     assert "nowhere" in jobs.log(job)
+
+
+def test_a_node_that_the_checks_at_the_start_refuse(jobs: Jobs) -> None:
+    job = jobs.pretrain(jobs.folder / "run", "train.max_steps=1", MT_DRILL_BAD_NODE="n1")
+    state = jobs.finish(job)
+    assert state["Restarts"] == "1", jobs.log(job)
+    assert "==> avoiding from now on: n1" in jobs.log(job)
+    assert state["ExcNodeList"] == "n1"
+    assert jobs.nodes(job) == ["n2", "n3"]
