@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "numpy",
     "open_clip_torch>=3.3",
     "pillow",
+    "psutil",
     "pyarrow",
     "pyyaml",
     "safetensors",

@@ -39,6 +39,7 @@ from mt_deepspeed.engine.evaluate import evaluate_task
 from mt_deepspeed.engine.gather import gather_rows
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
+from mt_deepspeed.engine.watchdog import Watchdog
 from mt_deepspeed.evaluation.visual_words import GREY
 from mt_deepspeed.pretrained import keep_answers, load
 from mt_deepspeed.starting_weights import check_start, load_starting_weights
@@ -102,8 +103,16 @@ def one_run(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
 
         started = time.perf_counter()
         ds_config = load_ds_config(ROOT / "ds_configs" / "zero0.json")
+        watchdog = Watchdog(config, place.rank, place.world_size)
         train(
-            config, ds_config, built, stream, evaluation, place, lambda: load_starting_weights(built, config)
+            config,
+            ds_config,
+            built,
+            stream,
+            evaluation,
+            place,
+            watchdog,
+            lambda: load_starting_weights(built, config),
         )
         seconds = time.perf_counter() - started
         return test(place, config, task, way), seconds

@@ -9,7 +9,7 @@ python -m mt_deepspeed.train ...             # one process
 
 import argparse
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,19 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
     from mt_deepspeed.engine.loop import train
     from mt_deepspeed.engine.stopping import NoProgressError
     from mt_deepspeed.engine.store import CheckpointError
+    from mt_deepspeed.engine.watchdog import Watchdog
     from mt_deepspeed.preflight import data_is_there, preflight
     from mt_deepspeed.pretrained import keep_answers
     from mt_deepspeed.starting_weights import check_start, load_starting_weights
     from mt_deepspeed.tasks import Ranks, build_task
 
+    settings = config.resilience
     try:
         code = preflight(config, dry)
         if code != Exit.FINISHED:
             return code
-        place = launch.init()
+        # Later than the watchdog, which says more.
+        place = launch.init(settings.first_step_timeout_s + 120.0)
     except launch.LaunchError as error:
         sys.exit(f"error: {error}")
 
@@ -79,28 +82,32 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
         except ValueError as error:
             sys.exit(f"error (rank {place.rank}): {error}")
 
-    try:
-        ds_config, context, stream = together(prepare, "preparing the run")
-        with context:
-            task = build_task(config, Ranks(place.rank, gather_rows))
-        fuse_layer_norms(task, place.device)
-        if dry or stream is None:
-            dry_run(config, ds_config, task, place, initialise)
-            return Exit.FINISHED
-        if place.rank == 0 and stream.answers:
-            keep_answers(Path(config.run_dir), stream.answers)
-        batches = (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
-        return train(config, ds_config, task, stream, batches, place, initialise).exit_code
-    except NoProgressError as error:
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return Exit.NO_PROGRESS
-    except RanksFailedError as error:
-        sys.exit(f"error: {error}" if place.rank == 0 else 1)
-    except (CheckpointError, ShardReadError) as error:  # others are bugs: with a traceback
-        sys.exit(f"error (rank {place.rank}): {error}")
-    finally:
-        launch.shutdown()
+    watchdog = Watchdog(config, place.rank, place.world_size)
+    with nullcontext() if dry else watchdog:
+        try:
+            ds_config, context, stream = together(prepare, "preparing the run")
+            with context:
+                task = build_task(config, Ranks(place.rank, gather_rows))
+            fuse_layer_norms(task, place.device)
+            if dry or stream is None:
+                dry_run(config, ds_config, task, place, initialise)
+                return Exit.FINISHED
+            if place.rank == 0 and stream.answers:
+                keep_answers(Path(config.run_dir), stream.answers)
+            batches = (
+                (lambda: eval_batches(config, place.rank, place.world_size)) if config.data.eval else None
+            )
+            return train(config, ds_config, task, stream, batches, place, watchdog, initialise).exit_code
+        except NoProgressError as error:
+            if place.rank == 0:
+                print(f"error: {error}", file=sys.stderr)
+            return Exit.NO_PROGRESS
+        except RanksFailedError as error:
+            sys.exit(f"error: {error}" if place.rank == 0 else 1)
+        except (CheckpointError, ShardReadError) as error:  # others are bugs: with a traceback
+            sys.exit(f"error (rank {place.rank}): {error}")
+        finally:
+            launch.shutdown()
 
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:

@@ -134,16 +134,23 @@ class TrainConfig:
     """Samples per evaluation; 0: the whole split."""
     max_skipped_steps: int = 10
     """The run stops after this many non-finite steps in a row."""
+    spike_threshold: float = 10.0
+    """Robust z-score from which a loss or gradient norm is reported, with its samples; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When state is saved, which checkpoints stay, and what a run starts from."""
 
-    every_steps: int = 1000
+    every_steps: int = 0
     """0: never by step."""
-    every_minutes: float = 30.0
-    """0: never by time."""
+    every_minutes: float | None = None
+    """0: never by time; None: from the measured cost of a save and `gpu_hours_per_failure`, 5 to 30 minutes."""
+    gpu_hours_per_failure: float = 50_000.0
+    """Hours of one rank between failures that end the run. The default is that of Llama 3's training: 419 in 54 days
+    on 16,384 GPUs."""
+    background: bool = True
+    """Training goes on while a copy of the state in CPU memory is written; false: it waits, and no copy is kept."""
     keep_last: int = 2
     best_metric: str = "eval/score"
     """Checkpoint with the highest value is kept; empty: none."""
@@ -159,6 +166,10 @@ class ResilienceConfig:
 
     deadline_margin_s: float = 60.0
     """Seconds that must be left before the end of the job, beside the time a save takes, when a run saves and stops."""
+    step_timeout_s: float = 300.0
+    """A rank that finishes no micro-batch (or evaluation batch) for so long ends the run."""
+    first_step_timeout_s: float = 1800.0
+    """The same for the start, until the first step is done, and for saves. Collectives give up two minutes later."""
     max_idle_restarts: int = 3
     """The run refuses to start after this many restarts in a row without a new checkpoint."""
 

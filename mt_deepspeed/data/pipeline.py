@@ -8,6 +8,7 @@ resume is to start at another step, with any number of ranks and workers.
 """
 
 import itertools
+import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -273,6 +274,12 @@ class _Made(Dataset[Batch]):
         return self._maker(plan)
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """Schedulers signal whole process groups; the trainer stops its workers when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Batch, None, None]:
     """Makes the batches of `plans`, in order, by the workers the configuration asks for.
 
@@ -289,6 +296,7 @@ def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Gen
             num_workers=data.num_workers,
             multiprocessing_context="forkserver",
             pin_memory=cuda,
+            worker_init_fn=_ignore_stop_signals,
         )
     else:
         node: BaseNode[Batch] = ParallelMapper(IterableWrapper(plans), maker, data.num_workers)

@@ -16,12 +16,13 @@ class RanksFailedError(ValueError):
     """Some rank could not do its part; every rank raises this with the same text."""
 
 
-def together(work: Callable[[], T], what: str) -> T:
+def together(work: Callable[[], T], what: str, group: Any = None) -> T:
     """Runs `work` on every rank and returns the own result; a collective.
 
     Args:
         work: What to do; it holds no collectives.
         what: Names it in the message.
+        group: Process group to agree in; None: the default one.
 
     Raises:
         RanksFailedError: On all ranks, when `work` raised OSError, RuntimeError or ValueError on any: instead of
@@ -35,7 +36,7 @@ def together(work: Callable[[], T], what: str) -> T:
         kind = "" if isinstance(caught, ValueError) else f"{type(caught).__name__}: "
         error = f"{kind}{caught}"
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, None if error is None else (error, platform.node()))
+    dist.all_gather_object(outcomes, None if error is None else (error, platform.node()), group=group)
     failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
     if failed:
         raise RanksFailedError(f"{what} failed: {_describe(failed, len(outcomes))}")

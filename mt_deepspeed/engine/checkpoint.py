@@ -61,8 +61,11 @@ def take_snapshot(session: Session, state: dict[str, Any]) -> Snapshot:
     return snapshot
 
 
-def write_snapshot(snapshot: Snapshot, root: Path) -> Path:
+def write_snapshot(snapshot: Snapshot, root: Path, group: Any = None) -> Path:
     """Writes a checkpoint of all ranks' snapshots; call on all ranks. Atomic: all of it appears, or nothing.
+
+    Args:
+        group: Process group of its collectives; one of its own lets training go on meanwhile.
 
     Raises:
         CheckpointError: On all ranks, when one could not write, or the disk has no room.
@@ -71,14 +74,15 @@ def write_snapshot(snapshot: Snapshot, root: Path) -> Path:
     step = snapshot.state["step"]
     final = root / store.folder_name(step)
     temporary = root / f".writing-{final.name}"
-    _together(lambda: _prepare(root, temporary, snapshot) if rank == 0 else None, "preparing a checkpoint")
-    _check_space(root, snapshot)
-    written = _together(lambda: _write_files(temporary, snapshot), f"writing checkpoint {final.name}")
+    _together(lambda: _prepare(root, temporary) if rank == 0 else None, "preparing a checkpoint", group)
+    _check_space(root, snapshot, group)
+    written = _together(lambda: _write_files(temporary, snapshot), f"writing checkpoint {final.name}", group)
     entries: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(entries, written)
+    dist.all_gather_object(entries, written, group=group)
     _together(
         lambda: _finish(temporary, final, snapshot, entries) if rank == 0 else None,
         f"publishing {final.name}",
+        group,
     )
     return final
 
@@ -169,22 +173,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _prepare(root: Path, temporary: Path, snapshot: Snapshot) -> None:
+def _prepare(root: Path, temporary: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     store.clean(root)
     temporary.mkdir()
 
 
-def _check_space(root: Path, snapshot: Snapshot) -> None:
+def _check_space(root: Path, snapshot: Snapshot, group: Any) -> None:
     """Refuses a save that cannot fit, while the older checkpoints are untouched."""
     sizes: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(sizes, snapshot.num_bytes())
+    dist.all_gather_object(sizes, snapshot.num_bytes(), group=group)
     needed = int(sum(sizes) * 1.02) + (1 << 20)
     lead = dist.get_rank() == 0
     free: list[Any] = [
-        _together(lambda: shutil.disk_usage(root).free if lead else None, "asking for free space")
+        _together(lambda: shutil.disk_usage(root).free if lead else None, "asking for free space", group)
     ]
-    dist.broadcast_object_list(free, src=0)
+    dist.broadcast_object_list(free, src=0, group=group)
     if free[0] < needed:
         raise CheckpointError(
             f"{root}: a checkpoint needs {needed / 2**30:.2f} GiB, {free[0] / 2**30:.2f} GiB are free. "
@@ -207,9 +211,9 @@ def _finish(
     store.publish(temporary, final)
 
 
-def _together(work: Callable[[], T], what: str) -> T:
+def _together(work: Callable[[], T], what: str, group: Any) -> T:
     try:
-        return together(work, what)
+        return together(work, what, group)
     except RanksFailedError as error:
         raise CheckpointError(f"{error}. Older checkpoints are intact") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mt_deepspeed.engine import records
 from mt_deepspeed.engine.evaluate import reduce_report
 from mt_deepspeed.engine.gpus import peak_tflops
 from mt_deepspeed.engine.protocols import Report
@@ -103,8 +103,8 @@ class Monitor:
         """Whether the steps up to `step` (1-based) are to be written now."""
         return step % self.log_every == 0 or step >= self.max_steps
 
-    def write_step(self, step: int, rates: dict[str, float], extra: dict[str, float]) -> None:
-        """Writes the window that ends with step `step` (1-based); call on all ranks."""
+    def write_step(self, step: int, rates: dict[str, float], extra: dict[str, float], note: str) -> None:
+        """Writes the window that ends with step `step` (1-based), `note` at the end of its line; call on all ranks."""
         if self.steps == 0:
             return
         values = {f"train/{name}": value for name, value in reduce_report(self.report, self.device).items()}
@@ -129,7 +129,7 @@ class Monitor:
         values |= extra
         self.write(step, values)
         if self.lead:
-            log.info("%s", self.progress_line(step, values))
+            log.info("%s | %s", self.progress_line(step, values), note)
         self._restart()
 
     def progress_line(self, step: int, values: dict[str, float]) -> str:
@@ -153,22 +153,27 @@ class Monitor:
         self.latest |= values
         if not self.lead:
             return
-        record = {"step": step, "time": round(time.time(), 3), **values}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=True) + "\n")
+        records.append(self.file, {"step": step, "time": round(time.time(), 3), **values})
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self._draw(self.board.add_scalar, name, value, step)
 
     def write_pictures(self, step: int, matrices: dict[str, Tensor]) -> None:
         """Heat maps (rank 0): one cell per entry, dark to bright from the matrix's minimum to its maximum."""
         if self.lead:
             for name, matrix in matrices.items():
-                self.board.add_image(name, heatmap(matrix), step, dataformats="HWC")
+                self._draw(self.board.add_image, name, heatmap(matrix), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the TensorBoard files."""
         if self.board is not None:
-            self.board.close()
+            self._draw(self.board.close)
+
+    def _draw(self, draw: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """TensorBoard's thread passes its errors, such as a full disk, to the next call: no reason to stop a run."""
+        try:
+            draw(*args, **kwargs)
+        except OSError as error:
+            log.warning("TensorBoard: a record is lost: %s", error)
 
 
 def heatmap(matrix: Tensor, cell: int = 16) -> Tensor:

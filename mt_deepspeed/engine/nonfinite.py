@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import torch.distributed as dist
 
+from mt_deepspeed.engine import records
 from mt_deepspeed.engine.step import Fault, StepResult
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,7 @@ class NonFinitePolicy:
             "sample_ids": ids,
             "parameters": names,
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append(self.file, record)
 
 
 def _finite(values: list[float]) -> bool:

@@ -1,121 +1,28 @@
-"""When a run saves, what it resumes from, and what it says about it."""
+"""When a run saves, and how: beside training."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mt_deepspeed.config import CheckpointConfig, RunConfig, to_dict
+from mt_deepspeed.config import CheckpointConfig, to_dict
 from mt_deepspeed.engine import store
+from mt_deepspeed.engine.background import Background
 from mt_deepspeed.engine.build import Session
-from mt_deepspeed.engine.checkpoint import (
-    base_state,
-    find,
-    load_moments,
-    load_weights,
-    take_snapshot,
-    versions,
-    write_snapshot,
-)
+from mt_deepspeed.engine.checkpoint import Snapshot, base_state, take_snapshot, write_snapshot
 from mt_deepspeed.engine.nonfinite import NonFinitePolicy
-from mt_deepspeed.engine.protocols import Task
+from mt_deepspeed.engine.resuming import Progress, checkpoint_root
 from mt_deepspeed.engine.store import CheckpointError
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_root(run_dir: str | Path) -> Path:
-    """Folder of a run's checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    """Optimizer steps, skipped ones included: the stream's position is step x global batch."""
-    adam_steps: int = 0
-    """Steps that moved the weights."""
-    evaluation_due: bool = False
-    """The run stopped before the evaluation that belongs to `step`."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The checkpoint a run continues."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    @classmethod
-    def find(cls, config: RunConfig, identity: dict[str, Any]) -> Resume | None:
-        """The checkpoint to continue, by `checkpoint.resume`; None: start anew. Call on all ranks.
-
-        Args:
-            config: The run.
-            identity: Global batch size and `SampleStream.identity` of the stream that would go on.
-
-        Raises:
-            CheckpointError: `must` without a valid checkpoint, or the checkpoint stands in another sample stream.
-        """
-        root = checkpoint_root(config.run_dir)
-        mode = config.checkpoint.resume
-        if mode == "never":
-            _put_aside(root)
-            return None
-        folder = find(root)
-        if folder is None:
-            if mode == "must":
-                raise CheckpointError(
-                    f"checkpoint.resume=must, but {root} holds no valid checkpoint; "
-                    "check run_dir, or use checkpoint.resume=auto to start anew"
-                )
-            return None
-        state = store.read_state(folder)
-        changed = differences(state["stream"], json.loads(json.dumps(identity)))
-        if changed:
-            raise CheckpointError(
-                f"{folder} stands in another sample stream, which would not continue: {'; '.join(changed)}. Restore "
-                "it (rank count, micro-batch size and accumulation may change), or start another run_dir from these "
-                "weights with checkpoint.init_from"
-            )
-        return cls(folder, state)
-
-    def prepare(self, task: Task, config: RunConfig) -> None:
-        """Loads the weights into the task, before DeepSpeed takes it, and says what differs from then."""
-        load_weights(task, self.folder)
-        state = self.state
-        log.info(
-            "resuming from %s: step %d, %d samples; saved by %d ranks at ZeRO stage %d in %s",
-            self.folder,
-            state["step"],
-            state["samples"],
-            state["world_size"],
-            state["zero_stage"],
-            state["precision"],
-        )
-        for line in differences(state["config"], to_dict(config)):
-            log.info("configuration differs from the checkpoint: %s", line)
-        for line in differences(state["versions"], versions()):
-            log.info("version differs from the checkpoint: %s", line)
-
-    def restore(self, session: Session, policy: NonFinitePolicy) -> Progress:
-        """Restores the optimizer and counters after DeepSpeed has been initialized."""
-        state = self.state
-        load_moments(session, self.folder, state["adam_steps"])
-        if session.loss_scale.dynamic and state["precision"] == "fp16":
-            session.loss_scale.value = state["loss_scale"]["value"]
-            session.loss_scale.clean_steps = state["loss_scale"]["clean_steps"]
-        policy.load(state["nonfinite"])
-        return Progress(state["step"], state["adam_steps"], state.get("evaluation_due", False))
+SHORTEST_S, LONGEST_S = 300.0, 1800.0
+"""Bounds of the automatic interval between saves."""
 
 
 class Saver:
@@ -128,6 +35,7 @@ class Saver:
     def __init__(
         self, session: Session, policy: NonFinitePolicy, identity: dict[str, Any], saved_step: int
     ) -> None:
+        self.background = Background(session.config.resilience.first_step_timeout_s)
         self.session = session
         self.identity = identity
         self.policy = policy
@@ -136,18 +44,26 @@ class Saver:
         self.saved_step = saved_step
         self.last_save = time.monotonic()
         self.best = store.read_best(self.root)
-        self.last_save_s = 0.0
+        self.write_s = 0.0
+        self.stall_s = 0.0
 
-    def minutes_are_over(self) -> bool:
+    def time_is_over(self) -> bool:
         """Whether this rank's clock asks for a save; only rank 0's clock does."""
+        return dist.get_rank() == 0 and time.monotonic() - self.last_save > self.interval_s()
+
+    def interval_s(self) -> float:
+        """Seconds between saves by the clock."""
         minutes = self.config.every_minutes
-        return dist.get_rank() == 0 and minutes > 0 and time.monotonic() - self.last_save > 60.0 * minutes
+        if minutes is not None:
+            return 60.0 * minutes if minutes > 0 else math.inf
+        failure_s = 3600.0 * self.config.gpu_hours_per_failure / dist.get_world_size()
+        return save_interval_s(self.stall_s, self.write_s, failure_s)
 
     def due(self, step: int, asked: bool) -> bool:
         """Whether to save after step `step` (1-based).
 
         Args:
-            asked: The agreed answer to `minutes_are_over`.
+            asked: The agreed answer to `time_is_over`.
         """
         by_step = self.config.every_steps > 0 and step % self.config.every_steps == 0
         return asked or by_step or step == self.session.config.train.max_steps
@@ -170,32 +86,69 @@ class Saver:
         known = self.best is not None and self.best["metric"] == name
         return not known or metrics[name] > self.best["value"]  # type: ignore[index]
 
-    def save(self, progress: Progress, best: dict[str, float] | None = None) -> None:
+    def save(self, progress: Progress, best: dict[str, float] | None = None, wait: bool = False) -> None:
         """Saves now, unless this step is saved already; call on all ranks.
+
+        The state is copied, and written beside training. One save is under way at a time: the next one waits for it.
 
         Args:
             best: Evaluation metrics of this step if they are the best so far.
+            wait: Return when the checkpoint is on disk.
+
+        Raises:
+            CheckpointError: This save, if it was waited for, or the one before has failed.
         """
         started = time.monotonic()
+        self.collect()
+        if best is not None:
+            name = self.config.best_metric
+            self.best = {"step": progress.step, "metric": name, "value": best[name]}
+        snapshot = None
         if self.saved_step != progress.step:
             state = base_state(self.session, progress.step, progress.adam_steps)
             state["nonfinite"] = self.policy.state()
             state["stream"] = self.identity
             state["config"] = to_dict(self.session.config)
             state["evaluation_due"] = progress.evaluation_due
-            folder = write_snapshot(take_snapshot(self.session, state), self.root)
+            state["productive_s"] = progress.productive_s
+            snapshot = take_snapshot(self.session, state)
             self.saved_step = progress.step
-            self.last_save = time.monotonic()
-            self.last_save_s = self.last_save - started
-            log.info("saved %s in %.1f s", folder, self.last_save_s)
-        if best is not None:
-            name = self.config.best_metric
-            self.best = {"step": progress.step, "metric": name, "value": best[name]}
+        pointer = self.best if best is not None else None
+        self.background.start(lambda: self._write(snapshot, pointer))
+        if wait or not self.config.background:
+            self.collect()
+        self.last_save = time.monotonic()
+        self.stall_s = self.last_save - started
+
+    def writing(self) -> bool:
+        """Whether this rank still writes a checkpoint; nobody does when no rank says so."""
+        return self.background.busy
+
+    def collect(self) -> None:
+        """Waits for a save that is under way; call on all ranks at the same step.
+
+        Raises:
+            CheckpointError: It has failed.
+        """
+        self.background.wait()
+
+    def close(self) -> None:
+        """Finishes what is under way at the end of a run that may have another error to tell."""
+        try:
+            self.collect()
+        except Exception as error:  # a rank that died breaks the save's collectives too
+            log.error("the last save failed: %s", error)
+
+    def _write(self, snapshot: Snapshot | None, best: dict[str, Any] | None) -> None:
+        """Writes a checkpoint, points to it if it is the best, and deletes old ones: beside training."""
+        if snapshot is not None:
+            started = time.monotonic()
+            folder = write_snapshot(snapshot, self.root, self.background.group)
+            self.write_s = time.monotonic() - started
+            log.info("saved %s in %.1f s", folder, self.write_s)
         if dist.get_rank() == 0:
             if best is not None:
-                store.write_best(
-                    self.root, progress.step, self.config.best_metric, best[self.config.best_metric]
-                )
+                store.write_best(self.root, best["step"], best["metric"], best["value"])
             self._retain()
 
     def _retain(self) -> None:
@@ -206,24 +159,16 @@ class Saver:
             log.warning("old checkpoints could not be deleted, trying again after the next save: %s", error)
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs between two trees of dicts."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+def save_interval_s(stall_s: float, write_s: float, failure_s: float) -> float:
+    """Seconds between saves that lose least, after Young (1974) and Daly (2006): sqrt(2 x cost x time to failure).
 
+    Within `SHORTEST_S` and `LONGEST_S`: failures of the hardware are not what stops most runs, and a mistake that is
+    noticed late costs an interval too. Never so often that more than a tenth of the time is spent writing.
 
-def _put_aside(root: Path) -> None:
-    """Keeps an earlier run's checkpoints out of the way of a run that must start anew."""
-    if dist.get_rank() == 0 and store.list_steps(root):
-        number = 1
-        while (aside := root.with_name(f"{root.name}.old-{number}")).exists():
-            number += 1
-        root.rename(aside)
-        log.warning("checkpoint.resume=never: earlier checkpoints moved to %s", aside)
-    dist.barrier()
+    Args:
+        stall_s: Seconds a save stops training; 0: none was made yet.
+        write_s: Seconds until it is on disk.
+        failure_s: Mean seconds between failures of the whole run.
+    """
+    best = math.sqrt(2.0 * stall_s * failure_s)
+    return max(min(max(best, SHORTEST_S), LONGEST_S), 10.0 * write_s)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +41,11 @@ class StepResult:
     """This rank's samples."""
     grad_norm: float
     """Global L2 norm before clipping, of all ranks; nan or inf on a skipped step."""
+    loss: float
+    """Weighted loss of the global batch."""
     applied: bool
+    forward_s: float = 0.0
+    """Seconds of this rank's forward passes: its own speed, as long as they hold no collectives (ZeRO-3 does)."""
     overflow: bool = False
     """fp16: skipped because the loss scale was too high."""
     fault: Fault | None = None
@@ -78,7 +84,13 @@ class Stepper:
         self.unused = UnusedParameters(ownership)
         self.weights = dict(sorted(task.loss_weights.items()))
 
-    def step(self, step: int, batches: list[Batch], requests: dict[str, bool]) -> StepResult:
+    def step(
+        self,
+        step: int,
+        batches: list[Batch],
+        requests: dict[str, bool],
+        alive: Callable[[str], None] = lambda doing: None,
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches; all ranks call it together.
 
         The step equals that of one large batch, however it is split: each loss counts with the number
@@ -88,15 +100,20 @@ class Stepper:
             step: Optimizer step, counted from 0.
             batches: The rank's micro-batches, CPU tensors.
             requests: Wishes of this rank, same keys on all ranks; granted when any rank has the wish.
+            alive: Called with what comes next: before each micro-batch, and before the ranks agree.
         """
         counts, factors = self._weigh(batches)
         self.unused.before_step()
         report: Report = {}
         values: list[Tensor] = []
+        watch = Stopwatch(self.device)
         for micro, batch in enumerate(batches):
             number = micro * self.ownership.world_size + self.ownership.rank
+            alive(f"micro-batch {micro}")
             torch.manual_seed(derive_seed(self.seed, step, number))
+            watch.start()
             losses, found = self._forward(to_device(batch, self.device))
+            watch.stop()
             add_reports(report, found)
             values.append(losses.detach())
             for name, loss, count in zip(self.weights, losses.detach().double(), counts[micro], strict=True):
@@ -107,7 +124,10 @@ class Stepper:
             if micro + 1 < len(batches):
                 self.engine.step()  # not a boundary: counts the micro-batch
         self.unused.after_last_backward()
-        return self._finish(batches, torch.stack(values), report, requests)
+        alive("agreeing on the step")
+        result = self._finish(batches, torch.stack(values), factors, report, requests)
+        result.forward_s = watch.seconds()
+        return result
 
     def _weigh(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Elements behind each loss [micro-batch, loss] f64, and the loss factors [micro-batch, loss] f32.
@@ -144,11 +164,12 @@ class Stepper:
         self,
         batches: list[Batch],
         values: Tensor,
+        factors: Tensor,
         report: Report,
         requests: dict[str, bool],
     ) -> StepResult:
         """Agrees on the step's fate and carries it out; `values` are the losses [micro-batch, loss]."""
-        bad_loss, norm, granted = self._agree(values, requests)
+        bad_loss, norm, loss, granted = self._agree(values, factors, requests)
         bad_gradient = not norm_is_finite(norm)
         skip = bad_loss or bad_gradient
         overflow = bad_gradient and not bad_loss and self.loss_scale.absorbs_overflow()
@@ -168,25 +189,34 @@ class Stepper:
             report=report,
             num_samples=sum(len(batch["sample_ids"]) for batch in batches),
             grad_norm=norm,
+            loss=loss,
             applied=not skip,
             overflow=overflow,
             fault=fault,
             requests=granted,
         )
 
-    def _agree(self, values: Tensor, requests: dict[str, bool]) -> tuple[bool, float, dict[str, bool]]:
-        """The one collective of a step: non-finite loss anywhere, global norm, requests of any rank."""
+    def _agree(
+        self, values: Tensor, factors: Tensor, requests: dict[str, bool]
+    ) -> tuple[bool, float, float, dict[str, bool]]:
+        """The one collective of a step: non-finite loss anywhere, global norm and loss, requests of any rank."""
         if self.ownership.swaps:
             squares = torch.zeros((), dtype=torch.float64, device=self.device)
         else:
             squares = sum_of_squares(self.ownership, self.device)
         bad = (~torch.isfinite(values)).any().double()
         wishes = torch.tensor([float(wish) for wish in requests.values()], dtype=torch.float64)
-        vector = torch.cat([torch.stack([squares, bad]), wishes.to(self.device)])
+        loss = (values * factors).sum().double() / self.ownership.world_size
+        vector = torch.cat([torch.stack([squares, bad, loss]), wishes.to(self.device)])
         dist.all_reduce(vector)
-        summed, bad_count, *granted = vector.tolist()
+        summed, bad_count, total, *granted = vector.tolist()
         norm = summed**0.5 / self.loss_scale.value
-        return bad_count > 0, norm, {key: value > 0 for key, value in zip(requests, granted, strict=True)}
+        return (
+            bad_count > 0,
+            norm,
+            total,
+            {key: value > 0 for key, value in zip(requests, granted, strict=True)},
+        )
 
     def _fault(self, batches: list[Batch], values: Tensor, bad_loss: bool) -> Fault:
         wrong = (~torch.isfinite(values)).any(dim=1).tolist() if bad_loss else [True] * len(batches)
@@ -197,6 +227,36 @@ class Stepper:
             sample_ids=[int(one) for found in ids for one in found],
             parameters=names,
         )
+
+
+class Stopwatch:
+    """Adds up pieces of a step: on a GPU by events in its stream, which cost no waiting, else by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def start(self) -> None:
+        """A piece begins."""
+        self.marks.append(self._mark())
+
+    def stop(self) -> None:
+        """It ends."""
+        self.marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Length of all pieces; on a GPU only after the stream was waited for."""
+        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
+        if self.cuda:
+            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000.0
+        return float(sum(end - begin for begin, end in pairs))
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def norm_is_finite(norm: float) -> bool:

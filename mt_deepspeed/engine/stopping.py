@@ -11,13 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from mt_deepspeed.config import RunConfig, to_yaml
 from mt_deepspeed.engine import durable, signals
+from mt_deepspeed.engine.agreement import together
 from mt_deepspeed.engine.exit_codes import Exit
 
 log = logging.getLogger(__name__)
@@ -91,6 +95,22 @@ class StopRequests:
         """The save that RUN/save asked for is done."""
         if self.lead:
             (self.run_dir / SAVE).unlink(missing_ok=True)
+
+
+def begin(config: RunConfig, lead: bool, step: int) -> StopRequests:
+    """Counts this start from `step`, and watches for what may end the run early; call on all ranks.
+
+    Raises:
+        NoProgressError: It follows too many starts in vain.
+        RanksFailedError: The job's end cannot be read.
+    """
+    run_dir, settings = Path(config.run_dir), config.resilience
+    end = together(lambda: deadline(os.environ), "reading the job's end")
+    restarts = [together(lambda: note_start(run_dir, step, config) if lead else 0, "noting the start")]
+    dist.broadcast_object_list(restarts, src=0)
+    if step < config.train.max_steps:
+        check_progress(restarts[0], settings.max_idle_restarts, run_dir, step)
+    return StopRequests(run_dir, lead, end, settings.deadline_margin_s)
 
 
 def deadline(environment: Mapping[str, str]) -> float | None:

@@ -36,8 +36,10 @@ class ToyRun:
     """Section of the configuration -> changed keys."""
     eval_batch_s: float | None = None
     """Seconds an evaluation batch takes; None: no evaluation."""
-    fail_at: int | None = None
-    """Step whose samples cannot be read."""
+    fail_at: tuple[int, int] | None = None
+    """(rank, step) whose samples cannot be read."""
+    hang_at: tuple[int, int] | None = None
+    """(rank, step) at which the stream waits for ever."""
 
     def config(self) -> RunConfig:
         """The configuration; checkpoints are written at the end and on request only, unless set."""
@@ -51,13 +53,18 @@ class ToyRun:
         """Trains; returns the exit code."""
         from mt_deepspeed.engine.loop import train
         from mt_deepspeed.engine.stopping import NoProgressError
+        from mt_deepspeed.engine.watchdog import Watchdog
 
         stream = SlowStream(GLOBAL_BATCH, self.case.micro, place.rank, place.world_size)
-        stream.step_s, stream.fail_at = self.step_s, self.fail_at
+        stream.step_s, stream.fail_at, stream.hang_at = self.step_s, self.fail_at, self.hang_at
         task = make_task(self.case.dropout)
         evaluation = None if self.eval_batch_s is None else self.eval_batches
+        config = self.config()
         try:
-            return train(self.config(), self.case.ds_config(), task, stream, evaluation, place).exit_code
+            with Watchdog(config, place.rank, place.world_size) as watchdog:
+                return train(
+                    config, self.case.ds_config(), task, stream, evaluation, place, watchdog
+                ).exit_code
         except NoProgressError as error:
             print(error)
             return Exit.NO_PROGRESS
@@ -70,11 +77,14 @@ class ToyRun:
 
 class SlowStream(ToyStream):
     step_s = 0.0
-    fail_at: int | None = None
+    fail_at: tuple[int, int] | None = None
+    hang_at: tuple[int, int] | None = None
 
     def batch(self, step: int, positions: list[int]) -> Batch:
-        if step == self.fail_at:
+        if (self.rank, step) == self.fail_at:
             raise OSError("the disk is gone")
+        if (self.rank, step) == self.hang_at:
+            wait_for_ever()
         time.sleep(self.step_s)
         return super().batch(step, positions)
 
@@ -132,6 +142,12 @@ class Ranks:
             assert time.monotonic() < end, "\n".join(map(self.output, range(len(self.files))))
             assert all(process.is_alive() for process in self.processes), self.output(0)
             time.sleep(0.01)
+
+
+def wait_for_ever() -> None:
+    """Found by its name in the stack."""
+    while True:
+        time.sleep(1)
 
 
 def last_step(run_dir: Path) -> int:

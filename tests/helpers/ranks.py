@@ -15,7 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "deepspeed", "torch.utils.tensorboard", "mt_deepspeed.engine.loop"]
+# torch imports its compiler in the first optimizer step: seconds for every rank.
+PRELOAD = ["torch", "torch._dynamo", "deepspeed", "torch.utils.tensorboard", "mt_deepspeed.engine.loop"]
 # Read by DeepSpeed when it is imported, and by OpenMP when torch is: before the server starts.
 SERVER_ENV = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

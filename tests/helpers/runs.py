@@ -128,6 +128,7 @@ def train_until(
     import signal
 
     from mt_deepspeed.engine.loop import train
+    from mt_deepspeed.engine.watchdog import Watchdog
 
     class Interrupted(case.stream):  # type: ignore[name-defined, misc]
         def steps(self, first_step: int) -> Any:
@@ -139,9 +140,11 @@ def train_until(
                 yield batches
 
     stream = Interrupted(GLOBAL_BATCH, case.micro, place.rank, place.world_size)
-    config = with_run_dir(case, run_dir, resume=resume)
+    # A killed run must have its last checkpoint on disk.
+    config = with_run_dir(case, run_dir, resume=resume, background=not kill)
+    watchdog = Watchdog(config, place.rank, place.world_size)
     try:
-        train(config, case.ds_config(), make_task(case.dropout), stream, None, place)
+        train(config, case.ds_config(), make_task(case.dropout), stream, None, place, watchdog)
     except StopHere:
         assert stream.closed
     else:

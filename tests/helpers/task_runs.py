@@ -10,6 +10,7 @@ from mt_deepspeed.data.text import train_tokenizer
 from mt_deepspeed.engine.gather import gather_rows
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
+from mt_deepspeed.engine.watchdog import Watchdog
 from mt_deepspeed.pretrained import keep_answers, load
 from mt_deepspeed.starting_weights import check_start, load_starting_weights
 from mt_deepspeed.task_evaluation import classify, retrieve
@@ -123,8 +124,16 @@ def train_run(place: Place, config: RunConfig) -> dict[str, float]:
         return eval_batches(config, place.rank, place.world_size)
 
     ds_config = {"zero_optimization": {"stage": 1}}
+    watchdog = Watchdog(config, place.rank, place.world_size)
     result = train(
-        config, ds_config, task, stream, evaluation, place, lambda: load_starting_weights(task, config)
+        config,
+        ds_config,
+        task,
+        stream,
+        evaluation,
+        place,
+        watchdog,
+        lambda: load_starting_weights(task, config),
     )
     return result.metrics
 

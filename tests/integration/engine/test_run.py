@@ -19,6 +19,7 @@ from mt_deepspeed.engine.ds_config import DsConfigError
 from mt_deepspeed.engine.evaluate import evaluate, evaluate_task
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
+from mt_deepspeed.engine.watchdog import Watchdog
 from mt_deepspeed.engine.weights import choose_weights, read_weights
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import CPU_OPTIMIZER, GLOBAL_BATCH, Case, largest_difference, run_steps
@@ -77,8 +78,15 @@ def whole_run(place: Place, run_dir: Path) -> dict[str, float]:
     )
     shares = [[8, 2], [8, 3]]
     stream = ToyStream(GLOBAL_BATCH, case.micro, place.rank, place.world_size)
+    watchdog = Watchdog(config, place.rank, place.world_size)
     result = train(
-        config, case.ds_config(), make_task(), stream, lambda: eval_batches(place.rank, shares), place
+        config,
+        case.ds_config(),
+        make_task(),
+        stream,
+        lambda: eval_batches(place.rank, shares),
+        place,
+        watchdog,
     )
     assert result.steps == 12
     return result.metrics

@@ -16,7 +16,7 @@ from mt_deepspeed.engine.gradients import EngineError, StepGuard
 from mt_deepspeed.engine.loop import evaluation_due
 from mt_deepspeed.engine.monitor import clock, heatmap, throughput
 from mt_deepspeed.engine.precision import LossScale
-from mt_deepspeed.engine.saving import differences
+from mt_deepspeed.engine.resuming import differences
 from mt_deepspeed.engine.step import derive_seed, norm_is_finite
 
 
