@@ -63,7 +63,7 @@ def test_real_rows_train_and_evaluate(tmp_path: Path) -> None:
         assert main(["convert", source, "--raw", str(REAL / raw), *out, *options]) == 0
         counts[task] = read_manifest(tmp_path / task).splits[test].texts
     train_tokenizer(["Is this a man?", "A man in a red shirt."] * 20, tmp_path / "tokenizer", VOCABULARY)
-    alone = run_ranks(1, train_and_evaluate, tmp_path)[0]
+    alone = run_ranks(1, train_and_evaluate, tmp_path, timeout_s=500.0)[0]
     for task in ("vqa", "nlvr2", "snli_ve"):
         assert sorted(alone[task]["predictions"]) == list(range(counts[task]))
     assert 0 <= alone["vqa"]["metrics"]["vqa_score"] <= 1
