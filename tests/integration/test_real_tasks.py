@@ -56,6 +56,7 @@ def train_and_evaluate(place: Place, root: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_real_rows_train_and_evaluate(tmp_path: Path) -> None:
     counts = {}
     for task, (source, raw, _, test, options) in SETS.items():
