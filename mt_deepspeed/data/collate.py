@@ -7,6 +7,7 @@ Letters: B samples of the micro-batch, F false images, S pixels per side, L toke
 | pixels | [B + F, 3, S, S] uint8 | the images of the samples, then the false images |
 | text_ids, text_mask | [B, L] int64 | token ids; 1 token, 0 padding |
 | mlm_ids, mlm_labels | [B, L] int64 | masked ids; true id where masked, -100 elsewhere (MLM on) |
+| mlm_positions | [M] int64 | where labels are, in the flattened [B * L]; found here, as a GPU would stall (MLM on) |
 | itm_image_index | [B] int64 | row of `pixels` that the text is matched with (ITM on) |
 | itm_labels | [B] int64 | 1 the image of the text, 0 another one (ITM on) |
 | sample_ids | [B] int64 | pair number in the corpus |
@@ -110,6 +111,7 @@ class BatchMaker:
             ]
             batch["mlm_ids"] = pad([ids for ids, _ in masked], length, self.tokenizer.pad_id)
             batch["mlm_labels"] = pad([labels for _, labels in masked], length, IGNORED)
+            batch["mlm_positions"] = (batch["mlm_labels"].flatten() != IGNORED).nonzero()[:, 0]
         return batch
 
     def _false_images(

@@ -134,10 +134,9 @@ def deepspeed_set_local_grad(parameter: nn.Parameter, value: Tensor) -> None:
 
 def sum_of_squares(ownership: Ownership, device: torch.device) -> Tensor:
     """Sum of squares of this rank's gradients, 0-dim float64 on `device`; nan or inf where one is."""
-    norms = [part.float().norm() for _, part in ownership.gradients() if part.numel()]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([norm.to(device) for norm in norms]).double().square().sum()
+    parts = [part.float() for _, part in ownership.gradients() if part.numel()]
+    norm: Tensor = torch.nn.utils.get_total_norm(parts)  # many tensors to a kernel
+    return norm.to(device).double().square()
 
 
 def nonfinite_names(ownership: Ownership) -> list[str]:

@@ -179,7 +179,7 @@ def build_optimizer(
 
     Offloaded states: DeepSpeedCPUAdam, unless `zero_force_ds_cpu_optimizer` is false in the DeepSpeed
     file (torch then; slower, but nothing is compiled). On a GPU: apex, DeepSpeed's fused kernel, torch
-    fused. On a CPU: torch.
+    fused. On a CPU: torch fused, which passes over weights and moments once and compiles nothing.
 
     The published code used the AdamW of an old transformers release, which adds `eps` before the bias
     correction and decays after the update; with eps 1e-8 the difference is below 1e-6 of a step once
@@ -195,8 +195,8 @@ def build_optimizer(
         log.info("optimizer: torch AdamW on the CPU (zero_force_ds_cpu_optimizer is false)")
         return torch.optim.AdamW(groups, **options)
     if get_accelerator().device_name() != "cuda":
-        log.info("optimizer: torch AdamW")
-        return torch.optim.AdamW(groups, **options)
+        log.info("optimizer: torch AdamW, fused")
+        return torch.optim.AdamW(groups, fused=True, **options)
     return _cuda_optimizer(groups, options)
 
 

@@ -83,6 +83,7 @@ class Stepper:
         self.device = device
         self.unused = UnusedParameters(ownership)
         self.weights = dict(sorted(task.loss_weights.items()))
+        self.weight_values = torch.tensor(list(self.weights.values()), dtype=torch.float64, device=device)
 
     def step(
         self,
@@ -136,11 +137,11 @@ class Stepper:
         """
         found = [self.task.loss_counts(batch) for batch in batches]
         rows = [[float(one[name]) for name in self.weights] for one in found]
-        counts = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        found_counts = torch.tensor(rows, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        counts = found_counts.to(self.device, non_blocking=True)
         totals = counts.sum(dim=0)
         dist.all_reduce(totals)
-        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64, device=self.device)
-        factors = weights * counts * self.ownership.world_size / totals.clamp(min=1.0)
+        factors = self.weight_values * counts * self.ownership.world_size / totals.clamp(min=1.0)
         return counts, factors.float()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Report]:

@@ -9,6 +9,7 @@ Report = dict[str, Tensor]
 
 def pair(total: Tensor | float, count: Tensor | float) -> Tensor:
     """(sum, count) as a detached float64 tensor [2] on the device of `total`."""
-    total = torch.as_tensor(total).detach()
-    count = torch.as_tensor(count, device=total.device).detach()
-    return torch.stack([total.double(), count.double()])
+    total = torch.as_tensor(total).detach().double()
+    # Filled on the device: a number copied there would make the host wait for it.
+    counted = count.detach().to(total) if isinstance(count, Tensor) else torch.full_like(total, count)
+    return torch.stack([total, counted])

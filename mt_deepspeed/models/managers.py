@@ -12,6 +12,7 @@ It returns the input `[B, L, D]` of the next cross-modal layer.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,30 +159,49 @@ class StaticManager(_Manager):
         return self.aggregate(experts, used, self.affine(), logits, previous_weight, record, statistics, seed)
 
 
+class _Projection(nn.Linear):
+    """A linear map `W x + b` that can also be moved to the other side of a dot product.
+
+    A call, and not attribute access, because ZeRO-3 gathers the parameters of modules that are called.
+    """
+
+    def forward(self, x: Tensor, adjoint: bool = False) -> Any:
+        """`W x + b`; adjoint: the pair `W^T x` and `b^T x`, so that `x (W y + b) = (W^T x) y + b^T x`."""
+        if adjoint:
+            return x @ self.weight, x @ self.bias[:, None]
+        return super().forward(x)
+
+
 class FusionAttention(nn.Module):
-    """Single-head attention whose values are the keys' source itself: no value or output projection."""
+    """Single-head attention whose values are the keys' source itself: no value or output projection.
+
+    Both projections are applied to the shorter of the two token sequences, one of them transposed: a caption has
+    20 times fewer tokens than a picture, whose tokens then need no projection at all. The scores are the same.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(size, size)
-        self.k_proj = nn.Linear(size, size)
+        self.q_proj = _Projection(size, size)
+        self.k_proj = _Projection(size, size)
 
     def forward(
         self, query_BLD: Tensor, other_BKD: Tensor, attend_B1K: Tensor | None, record: Record | None
     ) -> Tensor:
         """`softmax(q k^T / sqrt(D)) other`, `[B, L, D]`."""
-        query, key = self.q_proj(query_BLD), self.k_proj(other_BKD)
+        scale = query_BLD.shape[-1] ** -0.5
+        if query_BLD.shape[1] <= other_BKD.shape[1]:
+            moved_BLD, shift_BL1 = self.k_proj(self.q_proj(query_BLD) * scale, adjoint=True)
+            scores_BLK = moved_BLD @ other_BKD.transpose(1, 2) + shift_BL1
+        else:
+            moved_BKD, shift_BK1 = self.q_proj(self.k_proj(other_BKD) * scale, adjoint=True)
+            scores_BLK = query_BLD @ moved_BKD.transpose(1, 2) + shift_BK1.transpose(1, 2)
+        if attend_B1K is not None:
+            scores_BLK = scores_BLK.masked_fill(~attend_B1K, float("-inf"))
+        attention_BLK = scores_BLK.softmax(dim=-1)
         if record is not None:
-            scores = query.detach() @ key.detach().transpose(1, 2) / query.shape[-1] ** 0.5
-            if attend_B1K is not None:
-                scores = scores.masked_fill(~attend_B1K, float("-inf"))
-            record["query_attention"] = scores.softmax(dim=-1)
-        return F.scaled_dot_product_attention(
-            query[:, None],
-            key[:, None],
-            other_BKD.to(query.dtype)[:, None],
-            attn_mask=None if attend_B1K is None else attend_B1K[:, None],
-        )[:, 0]
+            record["query_attention"] = attention_BLK.detach()
+        # Written out: for one head as wide as the model there is no fused attention to call.
+        return attention_BLK @ other_BKD
 
 
 class AdaptiveManager(_Manager):

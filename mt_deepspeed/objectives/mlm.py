@@ -6,18 +6,23 @@ from torch import Tensor
 IGNORED = -100
 
 
-def gather_labelled(feats_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+def gather_labelled(
+    feats_BLD: Tensor, labels_BL: Tensor, positions_M: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Features and labels of the labelled positions, so that the vocabulary head runs on them alone.
 
     Args:
         feats_BLD: Final text features.
         labels_BL: int64 token ids, -100 where there is nothing to predict.
+        positions_M: int64, where labels are in the flattened `[B * L]`. None: they are looked for here; on a GPU
+            the host then waits for their number.
 
     Returns:
-        `[M, D]` and `[M]`, in reading order.
+        `[M, D]` and `[M]`.
     """
-    labelled = labels_BL != IGNORED
-    return feats_BLD[labelled], labels_BL[labelled]
+    if positions_M is None:
+        positions_M = (labels_BL.flatten() != IGNORED).nonzero()[:, 0]
+    return feats_BLD.flatten(0, 1).index_select(0, positions_M), labels_BL.flatten()[positions_M]
 
 
 def mlm_loss(logits_MV: Tensor, labels_M: Tensor) -> Tensor:

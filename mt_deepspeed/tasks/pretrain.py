@@ -53,8 +53,9 @@ class PretrainTask(nn.Module):
         """Losses of one micro-batch.
 
         Args:
-            batch: `pixels [B+F,3,S,S]`, `text_mask [B,L]`; for MLM `mlm_ids`, `mlm_labels` `[B,L]`; for ITM
-                `text_ids [B,L]`, `itm_image_index [B]` (rows of `pixels`), `itm_labels [B]`.
+            batch: `pixels [B+F,3,S,S]`, `text_mask [B,L]`; for MLM `mlm_ids`, `mlm_labels` `[B,L]`,
+                `mlm_positions [M]`; for ITM `text_ids [B,L]`, `itm_image_index [B]` (rows of `pixels`),
+                `itm_labels [B]`.
 
         Returns:
             Mean losses `mlm` and `itm`, and (sum, count) of `mlm_accuracy` and `itm_accuracy`.
@@ -64,7 +65,9 @@ class PretrainTask(nn.Module):
         report: Report = {}
         batch_size = len(batch["text_mask"])
         if self.has_mlm:
-            feats_MD, labels_M = gather_labelled(fused.text_feats[:batch_size], batch["mlm_labels"])
+            feats_MD, labels_M = gather_labelled(
+                fused.text_feats[:batch_size], batch["mlm_labels"], batch["mlm_positions"]
+            )
             logits_MV = self.mlm_score(feats_MD)
             losses["mlm"] = mlm_loss(logits_MV, labels_M)
             report["mlm_accuracy"] = pair((logits_MV.argmax(dim=-1) == labels_M).sum(), labels_M.numel())
@@ -124,7 +127,8 @@ class PretrainTask(nn.Module):
             labels_BL = torch.full_like(ids_BL, IGNORED)
             masked = max(1, round(self.objectives.mlm_probability * text_len))
             labels_BL[:, 1 : 1 + masked] = ids_BL[:, 1 : 1 + masked]
-            batch |= {"mlm_ids": ids_BL.clone(), "mlm_labels": labels_BL}
+            positions_M = (labels_BL.flatten() != IGNORED).nonzero()[:, 0]
+            batch |= {"mlm_ids": ids_BL.clone(), "mlm_labels": labels_BL, "mlm_positions": positions_M}
         if self.has_itm:
             index_B = torch.arange(samples)
             index_B[:false_images] += samples if false_images else 0

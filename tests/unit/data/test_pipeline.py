@@ -119,6 +119,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
         chosen = batch["mlm_labels"] != -100
         assert chosen.any(1).all()
         assert torch.equal(batch["mlm_labels"][chosen], batch["text_ids"][chosen])
+        assert torch.equal(batch["mlm_positions"], chosen.flatten().nonzero()[:, 0])
         assert torch.equal(batch["mlm_ids"][~chosen], batch["text_ids"][~chosen])
         index = batch["itm_image_index"]
         assert torch.equal(index[labels == 1], torch.arange(4)[labels == 1])
@@ -194,7 +195,8 @@ def test_objectives_that_are_off_leave_their_keys_out(root: Path) -> None:
     off = take(configuration(root, mlm_weight=0.0, itm_weight=0.0), 0, 1)[0][0]
     assert off.keys() == keys
     assert len(off["pixels"]) == 2
-    assert take(configuration(root, itm_weight=0.0), 0, 1)[0][0].keys() == keys | {"mlm_ids", "mlm_labels"}
+    only_mlm = take(configuration(root, itm_weight=0.0), 0, 1)[0][0].keys()
+    assert only_mlm == keys | {"mlm_ids", "mlm_labels", "mlm_positions"}
     only_itm = take(configuration(root, mlm_weight=0.0), 0, 1)[0][0].keys()
     assert only_itm == keys | {"itm_image_index", "itm_labels"}
 
