@@ -57,6 +57,7 @@ class PlainPretraining(nn.Module):
             image_in = _manage(image_link, experts["image"], image, text, seen)
             text = _cross_modal(text_layer, text_in, image_in, away, None)
             image = _cross_modal(image_layer, image_in, text_in, None, away)
+        assert text is not None
         poolers = model.cross_modal_text_pooler, model.cross_modal_image_pooler
         return text, torch.cat([poolers[0](text), poolers[1](image)], dim=-1)
 

@@ -201,7 +201,7 @@ def compare(
             make_batch(config, setting.micro_batch, seed, options.text_tokens) for seed in itertools.count()
         )
         if len(systems) == 2:
-            check_losses(*systems, next(made))
+            check_losses(systems[0], systems[1], next(made))
         measure(systems, made, options.rounds, place.device)
         rows += [
             row(system, systems[-1], setting, config, options, next(made), place.device) for system in systems

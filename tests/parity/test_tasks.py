@@ -78,6 +78,7 @@ def batch_of(case: Case) -> dict[str, Tensor]:
     batch["pixels"] = data["image"]
     if "text_ids_mlm" in data:
         batch |= {"mlm_ids": data["text_ids_mlm"], "mlm_labels": data["text_labels_mlm"]}
+        batch["mlm_positions"] = (batch["mlm_labels"].flatten() != -100).nonzero()[:, 0]
     if "itm_labels" in data:
         batch["itm_labels"] = data["itm_labels"]
         batch["itm_image_index"] = torch.arange(rows) + rows * (1 - data["itm_labels"])

@@ -1,5 +1,6 @@
 """The formula against a direct transcription, and the operator's contract."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 from tests.helpers.aggregation import Case, check, variants
 
 DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _operator() -> Iterator[None]:
+    """The operator itself: without a wish, a CPU leaves the formula to autograd."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MT_KERNELS", "reference")
+        yield
 
 
 def _by_hand(
@@ -100,6 +109,7 @@ def test_gradients_by_finite_differences(adaptive: bool) -> None:
 def test_statistics_are_shared_and_change_nothing() -> None:
     case = Case(3, 1, (2, 3, 8), dtype=DOUBLE)
     statistics = expert_statistics(case.arguments()["experts"])
+    assert statistics is not None
     assert statistics.shape == (2, 3, 6)
     check(case, "reference", statistics=statistics)
 
@@ -209,3 +219,30 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MT_KERNELS", "cobol")
     with pytest.raises(ValueError, match="MT_KERNELS: found 'cobol'"):
         manager_aggregation(**arguments)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(adaptive=True, noise="given"), Case(scalar=True)], ids=str)
+def test_default_of_a_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MT_KERNELS")
+    assert expert_statistics(case.arguments()["experts"]) is None
+    check(case, "auto")
+
+
+def test_noise_of_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MT_KERNELS")
+    case = Case(2, 0, (4, 64, 128), noise="own")
+    call = case.arguments()
+    call["norm_weight"].zero_()
+    call["norm_bias"].zero_()[0] = 1.0  # the result is the first expert's weight
+
+    def scores(**changes: int) -> Tensor:
+        weight = manager_aggregation(**{**call, "noise": call["noise"]._replace(**changes)})
+        return weight.logit() * call["temperature"] - (call["logits"][0] - call["logits"][1])
+
+    first = scores()
+    assert torch.equal(first, scores())
+    # The difference of two independent normals of standard deviation 1/2.
+    assert abs(first.std() - 0.5**0.5) < 0.02
+    assert abs(first.mean()) < 0.02
+    for other in (scores(offset=8), scores(seed=call["noise"].seed + 1)):
+        assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.02
