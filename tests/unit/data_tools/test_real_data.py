@@ -144,9 +144,9 @@ def test_real_photos_in_every_other_form(tmp_path: Path) -> None:
                 tar.addfile(info, io.BytesIO(content))
     lines = [json.dumps({"path": name, "captions": captions}) + "\n" for name, _, captions in photos]
     (tmp_path / "table" / "t.jsonl").write_text("".join(lines), "utf-8")
-    names, images, captions = ([photo[i] for photo in photos] for i in range(3))
-    pq.write_table(pa.table({"jpg": images, "caption": captions}), tmp_path / "parquet" / "00000.parquet")
-    table = pa.table({"image": images, "caption": captions, "image_id": names, "split": ["train"] * 40})
+    names, images, texts = zip(*photos, strict=True)
+    pq.write_table(pa.table({"jpg": images, "caption": texts}), tmp_path / "parquet" / "00000.parquet")
+    table = pa.table({"image": images, "caption": texts, "image_id": names, "split": ["train"] * 40})
     path = str(tmp_path / "arrow" / "coco_caption_karpathy_train.arrow")
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
