@@ -22,7 +22,7 @@ from typing import Any
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-_NODE_MARK = "MT_TEST_SLURM_NODE"  # in the environment of each slurmd
+_NODE_MARK = "MT_TEST_SLURM_NODE"  # names the node in the environment of its slurmd
 
 _CONFIGURATION = """
 ClusterName=test
@@ -166,7 +166,7 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd; the node registers and takes jobs again."""
         command = ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
-        self._daemon(node, *command, **{_NODE_MARK: f"{self.folder}/{node}"})
+        self._daemon(node, *command, **{_NODE_MARK: node})
 
     def kill_node(self, node: str) -> None:
         """kill -9 of everything on a node: its daemon, its job steps and their processes."""
@@ -183,30 +183,17 @@ class Cluster:
         listing = self.run("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N", check=False)
         return sorted(set(listing.split()))
 
-    def processes(self, node: str | None = None, job: str | None = None) -> list[int]:
-        """Ids of the processes that jobs run (batch shells, srun, ranks) and, without `job`, of their steps' daemons.
+    def processes(self, node: str | None = None) -> list[int]:
+        """Ids of what runs on a node, or on all: batch shells, srun, ranks, and the daemons of their steps."""
+        daemons = {process.pid for process in self._daemons.values()}
+        names = self.nodes if node is None else [node]
+        return [pid for pid, env in _environments() if pid not in daemons and self._node_of(env) in names]
 
-        Args:
-            node: Only of this node.
-            job: Only of this job.
-        """
-        found = []
-        for pid, environ in _environments():
-            if (
-                environ.get("SLURM_CONF") != self.environment["SLURM_CONF"]
-                or "SLURMD_NODENAME" not in environ
-            ):
-                continue
-            if node not in (None, environ["SLURMD_NODENAME"]) or job not in (
-                None,
-                environ.get("SLURM_JOB_ID"),
-            ):
-                continue
-            found.append(pid)
-        if job is None:
-            parents = {_parent(pid) for pid in found}
-            found += [pid for pid in parents if _name(pid) == "slurmstepd"]
-        return found
+    def _node_of(self, environ: Mapping[str, str]) -> str | None:
+        """The node a process belongs to: a step's daemon has slurmd's environment, the others their job's."""
+        if environ.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+            return None
+        return environ.get(_NODE_MARK) or environ.get("SLURMD_NODENAME")
 
     def ranks(self, job: str) -> dict[int, int]:
         """Rank -> process id of the tasks that `srun` started for a job, in its newest step."""
