@@ -1,10 +1,34 @@
 """Package metadata of mt_deepspeed; the settings of build system and tools stand in pyproject.toml."""
 
+import os
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
 README = Path(__file__).parent / "README.md"
+KERNELS = Path("mt_deepspeed/kernels/manager_aggregation")
+BUILD_CUDA = os.environ.get("MT_BUILD_CUDA") == "1"
+
+
+class BuildWithCuda(build_py):
+    """Compiles the CUDA kernels into the package, when MT_BUILD_CUDA=1 asks for it."""
+
+    def run(self) -> None:
+        super().run()
+        if BUILD_CUDA:
+            build = runpy.run_path(str(Path(__file__).parent / KERNELS / "build.py"))
+            folder = Path(__file__).parent if self.editable_mode else Path(self.build_lib)
+            build["compile_to"]((folder / KERNELS / build["BUILT_AHEAD"].name).resolve())
+
+
+class PlatformDistribution(Distribution):
+    """A wheel with machine code in it is not for every platform."""
+
+    def has_ext_modules(self) -> bool:
+        return BUILD_CUDA
+
 
 REQUIREMENTS = [
     "deepspeed>=0.19,<0.20",  # the engine reads where DeepSpeed keeps its states
@@ -44,7 +68,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mt_deepspeed", "mt_deepspeed.*", "data_tools", "data_tools.*"]),
-    package_data={"mt_deepspeed": ["config/presets/*.yaml"]},
+    package_data={"mt_deepspeed": ["config/presets/*.yaml", "kernels/manager_aggregation/csrc/*"]},
+    cmdclass={"build_py": BuildWithCuda},
+    distclass=PlatformDistribution,
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT},
     entry_points={"console_scripts": ["mt-data = data_tools.cli:main"]},

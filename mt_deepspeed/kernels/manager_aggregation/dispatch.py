@@ -1,7 +1,8 @@
 """Which backend computes: the caller's wish, else `MT_KERNELS`, else the best for the device.
 
 A wish that cannot be granted is an error. Without one, what the fused backend of the device cannot do (float64,
-more than 24 experts, ...) is left to `reference`. Each choice is logged once.
+more than 24 experts, ...) is left to `reference`; on a CPU the operator leaves the formula to autograd.
+Each choice is logged once.
 """
 
 import importlib
@@ -12,9 +13,11 @@ from types import ModuleType
 
 from torch import Tensor
 
+from mt_deepspeed.kernels.manager_aggregation import build
+
 log = logging.getLogger(__name__)
 
-BACKENDS = {"reference": "reference"}
+BACKENDS = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
 """Name -> module of this package; its packages are only imported when it is used."""
 
 VARIABLE = "MT_KERNELS"
@@ -36,8 +39,8 @@ def wish(backend: str | None) -> str | None:
     return None if asked == "auto" else asked
 
 
-def choose(experts: list[Tensor], num_previous: int, backend: str | None) -> str:
-    """Name of the backend that computes with these experts `[T, D]` and this number of previous states.
+def chosen(experts: list[Tensor], num_previous: int, backend: str | None) -> ModuleType:
+    """The backend that computes with these experts `[T, D]` and this number of previous states.
 
     Raises:
         ValueError: The one that was asked for does not exist or cannot.
@@ -47,13 +50,13 @@ def choose(experts: list[Tensor], num_previous: int, backend: str | None) -> str
         if reason := _reason_against(asked, experts, num_previous):
             raise ValueError(f"manager_aggregation: backend {asked} was asked for, but {reason}")
         _log_once(asked, "asked for")
-        return asked
+        return module(asked)
     reasons: list[str] = []
-    for name in preferred(experts[0]):
+    for name in preferred(experts[0].device.type):
         reason = _reason_against(name, experts, num_previous)
         if reason is None:
             _log_once(name, "; ".join(reasons) or f"default on {experts[0].device.type}")
-            return name
+            return module(name)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference supports everything")
 
@@ -67,10 +70,11 @@ def _reason_against(name: str, experts: list[Tensor], num_previous: int) -> str 
     return reason
 
 
-def preferred(state: Tensor) -> list[str]:
-    """Backends for the device of `state`, best first."""
-    order = {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}.get(state.device.type, [])
-    return [*(name for name in order if name in BACKENDS), "reference"]
+def preferred(device_type: str) -> list[str]:
+    """Backends for a kind of device, best first; CUDA C++ only if it was built ahead: none compiles unasked."""
+    compiled = ["cuda"] if build.BUILT_AHEAD.exists() else []
+    fused = {"cuda": [*compiled, "triton"], "cpu": ["cpu"]}.get(device_type, [])
+    return [*(name for name in fused if name in BACKENDS), "reference"]
 
 
 @lru_cache(maxsize=64)

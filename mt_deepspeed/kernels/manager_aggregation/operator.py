@@ -32,8 +32,7 @@ def expert_statistics(
     if _by_autograd(experts, backend):
         return None
     with torch.no_grad():
-        rows = _rows(experts)
-        return _statistics(rows, eps, dispatch.choose(rows, 0, backend))
+        return _statistics(_rows(experts), eps, backend or "")
 
 
 def manager_aggregation(
@@ -89,7 +88,7 @@ def manager_aggregation(
     given = noise if isinstance(noise, Tensor) else None
     if statistics is None:
         with torch.no_grad():
-            statistics = _statistics(rows, eps, dispatch.choose(rows, 0, backend))
+            statistics = _statistics(rows, eps, backend or "")
     a = Arguments(
         rows,
         [state.to(experts[0].dtype) for state in _rows(previous)],
@@ -107,7 +106,7 @@ def manager_aggregation(
         0.0 if philox is None else philox.scale,
         eps,
     )
-    out, _ = _forward(*a, dispatch.choose(rows, len(previous), backend))
+    out, _ = _forward(*a, backend or "")
     return out.view(shape)
 
 
@@ -166,12 +165,13 @@ _ARGUMENTS = (
     "Tensor temperature, Tensor previous_weight, Tensor statistics, Tensor? noise, Tensor? seed, "
     "int offset, float noise_scale, float eps"
 )
+# `backend` is the caller's wish, "" for none: it is granted inside, where torch.compile does not look.
 _GRADIENTS = "Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
 @torch.library.custom_op("mt_deepspeed::expert_statistics", mutates_args=())
 def _statistics(states: list[Tensor], eps: float, backend: str) -> Tensor:
-    result: Tensor = dispatch.module(backend).statistics(states, eps)
+    result: Tensor = dispatch.chosen(states, 0, backend).statistics(states, eps)
     return result
 
 
@@ -188,7 +188,8 @@ def _(states: list[Tensor], eps: float, backend: str) -> Tensor:
 )
 def _forward(*values: Any) -> tuple[Tensor, Tensor]:
     *arguments, backend = values
-    result: tuple[Tensor, Tensor] = dispatch.module(backend).forward(Arguments(*arguments))
+    a = Arguments(*arguments)
+    result: tuple[Tensor, Tensor] = dispatch.chosen(a.experts, len(a.previous), backend).forward(a)
     return result
 
 
@@ -206,7 +207,8 @@ def _(*values: Any) -> tuple[Tensor, Tensor]:
 def _backward(*values: Any) -> tuple[Any, ...]:
     *arguments, previous_statistics, grad, backend = values
     a = Arguments(*arguments)
-    return tuple(dispatch.module(backend).backward(a, previous_statistics, grad.contiguous()))
+    module = dispatch.chosen(a.experts, len(a.previous), backend)
+    return tuple(module.backward(a, previous_statistics, grad.contiguous()))
 
 
 @_backward.register_fake

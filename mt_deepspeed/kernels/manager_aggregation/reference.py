@@ -78,7 +78,8 @@ def statistics(states: list[Tensor], eps: float) -> Tensor:
     pairs = []
     for state in states:
         exact = state.to(torch.promote_types(state.dtype, torch.float32))
-        variance, mean = torch.var_mean(exact, dim=-1, correction=0)
+        mean = exact.mean(dim=-1)
+        variance = (exact - mean[:, None]).square_().mean(dim=-1)
         pairs.append(torch.stack([mean, (variance + eps).rsqrt()]))
     return torch.stack(pairs, dim=1)
 

@@ -18,7 +18,7 @@ from mt_deepspeed.kernels.manager_aggregation import (
 )
 from mt_deepspeed.kernels.manager_aggregation.operator import _backward, _forward, _statistics
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
-from tests.helpers.aggregation import Case, check, variants
+from tests.helpers.aggregation import Case, check, differentiated, variants
 
 DOUBLE = torch.float64
 
@@ -151,7 +151,12 @@ def test_backward_keeps_only_inputs_and_statistics() -> None:
         tensor.requires_grad_()
     inputs = {tensor.untyped_storage().data_ptr() for tensor in leaves}
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         manager_aggregation(**arguments)
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in inputs]
     state = arguments["experts"][0].numel()
@@ -246,3 +251,15 @@ def test_noise_of_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(first.mean()) < 0.02
     for other in (scores(offset=8), scores(seed=call["noise"].seed + 1)):
         assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.02
+
+
+def test_compiles_into_one_graph() -> None:
+    arguments = Case(3, 1, adaptive=True, noise="own").arguments()
+
+    def run(**call: Any) -> Tensor:
+        return manager_aggregation(**call).sin()
+
+    compiled = differentiated(torch.compile(run, backend="aot_eager", fullgraph=True), arguments)
+    plain = differentiated(run, arguments)
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value)

@@ -1,0 +1,76 @@
+// What differs between nvcc and a C++ compiler that runs these kernels on the CPU for tests (emulate.h).
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL __global__ void
+#define LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define HOST_AND_DEVICE __host__ __device__ inline
+#define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#define SHARED(name) extern __shared__ float name[]
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
+DEVICE float to_float(float16 x) { return __half2float(x); }
+DEVICE void from_float(float x, float& to) { to = x; }
+DEVICE void from_float(float x, bfloat16& to) { to = __float2bfloat16_rn(x); }
+DEVICE void from_float(float x, float16& to) { to = __float2half_rn(x); }
+
+DEVICE float fast_log2(float x) { return __log2f(x); }
+DEVICE float fast_sin(float x) { return __sinf(x); }
+DEVICE float fast_cos(float x) { return __cosf(x); }
+DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
+DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+DEVICE unsigned high_product(unsigned x, unsigned y) { return __umulhi(x, y); }
+
+// Sum over the lanes of a warp; the same bits in every lane.
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+
+inline int processors(int device) {
+  int count = 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+inline size_t shared_memory_limit(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Allows the kernel `shared_bytes` and returns how many of its blocks a processor holds at a time.
+template <typename Kernel>
+int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  return blocks;
+}
+
+// Null, or what went wrong since the last call.
+inline const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline void use_device(int device) { cudaSetDevice(device); }
+
+#else
+#include "emulate.h"
+#endif

@@ -1,0 +1,230 @@
+"""Manager aggregation in CUDA C++ (csrc/); see the package's docstring for what a backend is.
+
+The compiled library is called through ctypes with pointers and torch's current stream.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mt_deepspeed.kernels.manager_aggregation import build
+from mt_deepspeed.kernels.manager_aggregation.protocol import Arguments, Gradients
+
+MAX_EXPERTS, MAX_STATES, MAX_SIZE = 24, 32, 2048
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DEVICE = "cuda"  # tests run the same code on the CPU
+_NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/problem.h."""
+
+    _fields_ = [
+        ("states", ctypes.c_void_p * MAX_STATES),
+        ("state_grads", ctypes.c_void_p * MAX_STATES),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "grad",
+                "out",
+                "statistics",
+                "previous_statistics",
+                "norm_weight",
+                "norm_bias",
+                "logits",
+                "logits_grad",
+                "temperature",
+                "previous_weight",
+                "noise",
+                "seed",
+                "partial",
+                "partial_temperature",
+            )
+        ),
+        ("num_tokens", ctypes.c_longlong),
+        ("size", ctypes.c_int),
+        ("num_experts", ctypes.c_int),
+        ("num_previous", ctypes.c_int),
+        ("adaptive", ctypes.c_int),
+        ("noise_kind", ctypes.c_int),
+        ("offset", ctypes.c_uint),
+        ("noise_scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    ]
+
+
+def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
+    """See the package's docstring."""
+    size, device = experts[0].shape[1], experts[0].device
+    if device.type != DEVICE:
+        return f"found tensors on {device.type}, expected {DEVICE}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"found {torch.cuda.get_device_name(device)}, expected compute capability 8.0 or newer"
+    if experts[0].dtype not in KINDS:
+        return f"found {experts[0].dtype}, expected float32, bfloat16 or float16"
+    if size % 8 or size > MAX_SIZE:
+        return f"found {size} channels, expected a multiple of 8 up to {MAX_SIZE}"
+    if len(experts) > MAX_EXPERTS or len(experts) + num_previous > MAX_STATES:
+        return (
+            f"found {len(experts)} experts and {num_previous} previous states, expected at most "
+            f"{MAX_EXPERTS} experts and {MAX_STATES} states together"
+        )
+    return None
+
+
+def statistics(states: list[Tensor], eps: float) -> Tensor:
+    """See the package's docstring."""
+    tokens, size = states[0].shape
+    out = states[0].new_empty((2, len(states), tokens), dtype=torch.float32)
+    if tokens:
+        problem = _Problem(num_tokens=tokens, size=size, num_experts=len(states), eps=eps)
+        with _Call(problem, states[0]) as call:
+            call.set_states("states", states)
+            call.set(previous_statistics=out)
+            call("mt_statistics")
+    return out
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """See the package's docstring."""
+    tokens = a.experts[0].shape[0]
+    out = torch.empty_like(a.experts[0])
+    previous_statistics = a.statistics.new_empty((2, len(a.previous), tokens))
+    if tokens:
+        with _Call(_problem(a), a.experts[0]) as call:
+            _set_common(call, a)
+            call.set(out=out, previous_statistics=previous_statistics)
+            call("mt_forward")
+    return out, previous_statistics
+
+
+def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradients:
+    """See the package's docstring."""
+    tokens, size = a.experts[0].shape
+    n, p = len(a.experts), len(a.previous)
+    states = [torch.empty_like(state) for state in (*a.experts, *a.previous)]
+    logits = torch.empty_like(a.logits)
+    with _Call(_problem(a), a.experts[0]) as call:
+        rows = call.count("mt_backward_rows", of_device=False)
+        if not tokens:
+            partial, partial_temperature = (a.norm_weight.new_zeros(s) for s in ((1, rows, size), (1,)))
+        else:
+            blocks = call.count("mt_backward_blocks")
+            partial, partial_temperature = (
+                a.norm_weight.new_empty(s) for s in ((blocks, rows, size), (blocks,))
+            )
+            _set_common(call, a)
+            call.set_states("state_grads", states)
+            call.set(
+                grad=grad,
+                previous_statistics=previous_statistics,
+                logits_grad=logits,
+                partial=partial,
+                partial_temperature=partial_temperature,
+            )
+            call("mt_backward")
+    sums = partial.sum(dim=0)  # rows as csrc/backward.h orders them
+    num_own = n if a.adaptive else 2 * n
+    along, total = sums[n + num_own : n + num_own + p], sums[-1:] if p else sums[:0]
+    return Gradients(
+        states[:n],
+        states[n:],
+        torch.cat([sums[:n], a.previous_weight * along]),
+        torch.cat([sums[n : 2 * n], a.previous_weight * total]),
+        logits if a.adaptive else sums[2 * n : 3 * n].clone(),
+        partial_temperature.sum(dim=0, keepdim=True),
+        a.norm_weight[n:] * along + a.norm_bias[n:] * total,
+    )
+
+
+def _problem(a: Arguments) -> _Problem:
+    tokens, size = a.experts[0].shape
+    return _Problem(
+        num_tokens=tokens,
+        size=size,
+        num_experts=len(a.experts),
+        num_previous=len(a.previous),
+        adaptive=a.adaptive,
+        noise_kind=_GIVEN if a.noise is not None else _PHILOX if a.seed is not None else _NO_NOISE,
+        offset=a.offset,
+        noise_scale=a.noise_scale,
+        eps=a.eps,
+    )
+
+
+def _set_common(call: "_Call", a: Arguments) -> None:
+    call.set_states("states", [*a.experts, *a.previous])
+    call.set(
+        statistics=a.statistics,
+        norm_weight=a.norm_weight,
+        norm_bias=a.norm_bias,
+        logits=a.logits,
+        temperature=a.temperature,
+        previous_weight=a.previous_weight,
+        noise=None if a.noise is None else a.noise.float(),
+        seed=a.seed,
+    )
+
+
+class _Call:
+    """Fills a problem with tensors, keeps these alive, and calls the library on the current stream."""
+
+    def __init__(self, problem: _Problem, state: Tensor) -> None:
+        self.problem = problem
+        self.kind = KINDS[state.dtype]
+        self.device = state.device
+        self.kept: list[Tensor] = []
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.kept.clear()
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() % 16:  # a view into the middle of something
+            tensor = tensor.clone()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def set(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            setattr(self.problem, name, None if tensor is None else self._pointer(tensor))
+
+    def set_states(self, name: str, states: list[Tensor]) -> None:
+        pointers = getattr(self.problem, name)
+        for i, state in enumerate(states):
+            pointers[i] = self._pointer(state)
+
+    def count(self, name: str, of_device: bool = True) -> int:
+        rest = (self.kind, self.device.index or 0) if of_device else ()
+        count: int = getattr(_library(), name)(ctypes.byref(self.problem), *rest)
+        return count
+
+    def __call__(self, name: str) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+        function = getattr(_library(), name)
+        error = function(
+            ctypes.byref(self.problem), self.kind, self.device.index or 0, ctypes.c_void_p(stream)
+        )
+        if error:
+            raise RuntimeError(f"manager_aggregation: {name} failed: {error.decode()}")
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    return load(str(build.library()))
+
+
+def load(path: str) -> ctypes.CDLL:
+    """Opens the compiled library."""
+    library = ctypes.CDLL(path)
+    for name in ("mt_statistics", "mt_forward", "mt_backward"):
+        getattr(library, name).restype = ctypes.c_char_p
+    size = library.mt_problem_bytes()
+    assert size == ctypes.sizeof(_Problem), f"{path}: struct Problem has {size} bytes"
+    return library

@@ -1,0 +1,281 @@
+"""The Triton kernels of manager aggregation; `triton_impl` calls them.
+
+A program holds a tile of whole tokens, `[rows, D]`, in registers: the layer norms' sums over channels need no
+second pass over memory. The softmax over experts is computed as they stream by (running maximum and sum), so
+registers do not grow with N. Backward makes two passes over a tile's experts (the second reads the cache): the
+mixture first, then the gradients. Gradients of parameters are summed without atomics: each program adds its
+tiles, in order, to rows of its own, and these are summed afterwards.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _moments(x, mask, size, eps):
+    """Mean and inverse deviation of each row."""
+    mean = tl.sum(x, axis=1) / size
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / size + eps)
+
+
+@triton.jit
+def _normals(seed, offset, expert: tl.constexpr, rows, BLOCK: tl.constexpr):
+    """`noise.philox_normal` of a tile: one Philox block for 8 channels."""
+    blocks = tl.arange(0, BLOCK // 8)[None, :].to(tl.uint32)
+    tokens = rows[:, None].to(tl.uint32)
+    zero = blocks * 0 + tokens * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed, tokens + zero, zero + expert, blocks + zero, (zero + offset).to(tl.uint32)
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    radius = tl.sqrt(-2.0 * tl.log(((words & 0xFFFF).to(tl.float32) + 0.5) / 65536.0))
+    angle = ((words >> 16).to(tl.float32) + 0.5) * (6.283185307179586 / 65536.0)
+    return tl.interleave(radius * tl.cos(angle), radius * tl.sin(angle))
+
+
+@triton.jit
+def _score(
+    i: tl.constexpr,
+    rows,
+    columns,
+    mask,
+    inside,
+    logits,
+    noise,
+    seed,
+    offset,
+    noise_scale,
+    inverse_temperature,
+    tokens,
+    size,
+    N: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(logit + noise) / temperature of expert i, `[rows, 1 or BLOCK]` or `[1, BLOCK]`."""
+    if ADAPTIVE:
+        score = tl.load(logits + rows * N + i, mask=inside, other=0.0)[:, None]
+    else:
+        score = tl.load(logits + i * size + columns, mask=columns < size, other=0.0)[None, :]
+    if NOISE == 1:
+        at = (i * tokens + rows)[:, None] * size + columns[None, :]
+        score = score + tl.load(noise + at, mask=mask, other=0.0).to(tl.float32)
+    if NOISE == 2:
+        score = score + noise_scale * _normals(seed, offset, i, rows, BLOCK)
+    return score * inverse_temperature
+
+
+@triton.jit
+def statistics_kernel(
+    states, out, tokens, size, eps, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One tile per program; `out` is `[2, N, T]`."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = rows < tokens
+    mask = inside[:, None] & (columns < size)[None, :]
+    for i in tl.static_range(N):
+        x = tl.load(states[i] + rows[:, None] * size + columns[None, :], mask=mask, other=0.0)
+        mean, inverse = _moments(x.to(tl.float32), mask, size, eps)
+        tl.store(out + i * tokens + rows, mean, mask=inside)
+        tl.store(out + (N + i) * tokens + rows, inverse, mask=inside)
+
+
+@triton.jit
+def forward_kernel(
+    experts,
+    previous,
+    statistics,
+    norm_weight,
+    norm_bias,
+    logits,
+    temperature,
+    previous_weight,
+    noise,
+    seed,
+    offset,
+    noise_scale,
+    out,
+    previous_statistics,
+    tokens,
+    size,
+    eps,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile per program."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = rows < tokens
+    present = columns < size
+    mask = inside[:, None] & present[None, :]
+    at = rows[:, None] * size + columns[None, :]
+    inverse_temperature = 1.0 / tl.load(temperature)
+    seed_value = tl.load(seed)
+
+    largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(N):
+        x = tl.load(experts[i] + at, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(statistics + i * tokens + rows, mask=inside, other=0.0)
+        inverse = tl.load(statistics + (N + i) * tokens + rows, mask=inside, other=0.0)
+        gain = tl.load(norm_weight + i * size + columns, mask=present, other=0.0)
+        bias = tl.load(norm_bias + i * size + columns, mask=present, other=0.0)
+        normed = (x - mean[:, None]) * inverse[:, None] * gain[None, :] + bias[None, :]
+        score = _score(
+            i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
+            inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+        )  # fmt: skip
+        larger = tl.maximum(largest, score)
+        decay = tl.exp(largest - larger)
+        weight = tl.exp(score - larger)
+        weight_sum = weight_sum * decay + weight
+        total = total * decay + weight * normed
+        largest = larger
+    total = total / weight_sum
+
+    for j in tl.static_range(P):
+        x = tl.load(previous[j] + at, mask=mask, other=0.0).to(tl.float32)
+        mean, inverse = _moments(x, mask, size, eps)
+        tl.store(previous_statistics + j * tokens + rows, mean, mask=inside)
+        tl.store(previous_statistics + (P + j) * tokens + rows, inverse, mask=inside)
+        gain = tl.load(norm_weight + (N + j) * size + columns, mask=present, other=0.0)
+        bias = tl.load(norm_bias + (N + j) * size + columns, mask=present, other=0.0)
+        weight = tl.load(previous_weight + j * size + columns, mask=present, other=0.0)
+        normed = (x - mean[:, None]) * inverse[:, None] * gain[None, :] + bias[None, :]
+        total += weight[None, :] * normed
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add(to, value, present):
+    """Adds a tile's sum over its rows to this program's own row."""
+    tl.store(to, tl.load(to, mask=present, other=0.0) + tl.sum(value, axis=0), mask=present)
+
+
+@triton.jit
+def _state_gradient(standard, normed_grad, gain, inverse, size):
+    """Gradient of a layer norm's input."""
+    inner = normed_grad * gain[None, :]
+    mean = tl.sum(inner, axis=1) / size
+    along = tl.sum(inner * standard, axis=1) / size
+    return (inner - mean[:, None] - standard * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def backward_kernel(
+    experts,
+    previous,
+    statistics,
+    norm_weight,
+    norm_bias,
+    logits,
+    temperature,
+    previous_weight,
+    noise,
+    seed,
+    offset,
+    noise_scale,
+    previous_statistics,
+    grad,
+    state_grads,
+    logits_grad,
+    partial,
+    partial_temperature,
+    tokens,
+    size,
+    programs,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tiles `program`, `program + programs`, ...; `partial` is `[programs, 3, N + P, D]` of zeros."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    present = columns < size
+    inverse_temperature = 1.0 / tl.load(temperature)
+    seed_value = tl.load(seed)
+    plane = (N + P) * size
+    own = partial + program * 3 * plane + columns
+    temperature_sum = 0.0
+
+    for tile in range(program, tl.cdiv(tokens, ROWS), programs):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = rows < tokens
+        mask = inside[:, None] & present[None, :]
+        at = rows[:, None] * size + columns[None, :]
+        out_grad = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+
+        largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
+        weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        mixed = tl.zeros((ROWS, BLOCK), tl.float32)
+        for i in tl.static_range(N):
+            x = tl.load(experts[i] + at, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(statistics + i * tokens + rows, mask=inside, other=0.0)
+            inverse = tl.load(statistics + (N + i) * tokens + rows, mask=inside, other=0.0)
+            gain = tl.load(norm_weight + i * size + columns, mask=present, other=0.0)
+            bias = tl.load(norm_bias + i * size + columns, mask=present, other=0.0)
+            normed = (x - mean[:, None]) * inverse[:, None] * gain[None, :] + bias[None, :]
+            score = _score(
+                i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
+                inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+            )  # fmt: skip
+            larger = tl.maximum(largest, score)
+            decay = tl.exp(largest - larger)
+            weight = tl.exp(score - larger)
+            weight_sum = weight_sum * decay + weight
+            mixed = mixed * decay + weight * normed
+            largest = larger
+        mixed = mixed / weight_sum
+
+        for i in tl.static_range(N):
+            x = tl.load(experts[i] + at, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(statistics + i * tokens + rows, mask=inside, other=0.0)
+            inverse = tl.load(statistics + (N + i) * tokens + rows, mask=inside, other=0.0)
+            gain = tl.load(norm_weight + i * size + columns, mask=present, other=0.0)
+            bias = tl.load(norm_bias + i * size + columns, mask=present, other=0.0)
+            standard = tl.where(mask, (x - mean[:, None]) * inverse[:, None], 0.0)
+            normed = standard * gain[None, :] + bias[None, :]
+            score = _score(
+                i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
+                inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+            )  # fmt: skip
+            normed_grad = tl.exp(score - largest) / weight_sum * out_grad
+            score_grad = normed_grad * (normed - mixed)
+            temperature_sum -= tl.sum(tl.sum(score_grad * score, axis=1), axis=0)
+            _add(own + i * size, normed_grad * standard, present)
+            _add(own + plane + i * size, normed_grad, present)
+            if ADAPTIVE:
+                token_grad = tl.sum(score_grad, axis=1) * inverse_temperature
+                tl.store(logits_grad + rows * N + i, token_grad, mask=inside)
+            else:
+                _add(own + 2 * plane + i * size, score_grad * inverse_temperature, present)
+            state_grad = _state_gradient(standard, normed_grad, gain, inverse, size)
+            tl.store(state_grads[i] + at, state_grad.to(grad.dtype.element_ty), mask=mask)
+
+        for j in tl.static_range(P):
+            x = tl.load(previous[j] + at, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(previous_statistics + j * tokens + rows, mask=inside, other=0.0)
+            inverse = tl.load(previous_statistics + (P + j) * tokens + rows, mask=inside, other=0.0)
+            gain = tl.load(norm_weight + (N + j) * size + columns, mask=present, other=0.0)
+            bias = tl.load(norm_bias + (N + j) * size + columns, mask=present, other=0.0)
+            weight = tl.load(previous_weight + j * size + columns, mask=present, other=0.0)
+            standard = tl.where(mask, (x - mean[:, None]) * inverse[:, None], 0.0)
+            normed_grad = weight[None, :] * out_grad
+            _add(own + (N + j) * size, normed_grad * standard, present)
+            _add(own + plane + (N + j) * size, normed_grad, present)
+            weight_grad = out_grad * (standard * gain[None, :] + bias[None, :])
+            _add(own + 2 * plane + (N + j) * size, weight_grad, present)
+            state_grad = _state_gradient(standard, normed_grad, gain, inverse, size)
+            tl.store(state_grads[N + j] + at, state_grad.to(grad.dtype.element_ty), mask=mask)
+    tl.store(partial_temperature + program, temperature_sum * inverse_temperature)

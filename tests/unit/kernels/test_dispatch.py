@@ -1,0 +1,102 @@
+"""Which backend is taken, and how the CUDA library is built."""
+
+import ctypes
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mt_deepspeed.kernels.manager_aggregation import build, dispatch, manager_aggregation, reference
+from tests.helpers.aggregation import Case
+
+
+def test_a_wish_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = Case(2, 1, (1, 2, 12)).arguments()
+    with pytest.raises(ValueError, match="backend triton was asked for, but found 12 channels"):
+        manager_aggregation(**arguments, backend="triton")
+    monkeypatch.setenv("MT_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="backend cuda was asked for, but found tensors on cpu"):
+        manager_aggregation(**arguments)
+    manager_aggregation(**arguments, backend="reference")  # the argument counts more
+
+
+def test_without_a_wish_what_is_fused_falls_back_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch._log_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("MT_KERNELS", raising=False)
+    for _ in range(3):
+        assert dispatch.chosen([torch.zeros(2, 8, dtype=torch.float64)], 1, None) is reference
+    lines = [record.message for record in caplog.records if "manager aggregation" in record.message]
+    assert len(lines) == 1
+    assert lines[0].startswith("manager aggregation: reference")
+
+
+def test_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "BUILT_AHEAD", tmp_path / "nothing")
+    assert dispatch.preferred("cuda") == ["triton", "reference"], "nothing compiles unasked"
+    monkeypatch.setattr(build, "BUILT_AHEAD", tmp_path)
+    assert dispatch.preferred("cuda") == ["cuda", "triton", "reference"]
+
+
+def _fake_nvcc(folder: Path, release: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvcc that writes its output after a moment and counts its calls in the file returned."""
+    calls, nvcc = folder / "calls", folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$1" = --version ]; then echo "Cuda compilation tools, release {release}, V"; exit; fi\n'
+        f'echo call >>{calls}; sleep 0.2; while [ "$1" != -o ]; do shift; done; echo library >"$2"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    return calls
+
+
+def test_one_of_many_builds_and_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _fake_nvcc(tmp_path, "13.0", monkeypatch)
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(build.library())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 4
+    assert found[0].read_text() == "library\n"
+    assert calls.read_text() == "call\n"
+    assert build.library(["90"]) != found[0], "other options, other library"
+
+
+def test_no_nvcc_or_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(build.BuildError, match=r"found no nvcc in CUDA_HOME=.*MT_KERNELS=triton"):
+        build.library()
+    _fake_nvcc(tmp_path, "11.2", monkeypatch)
+    with pytest.raises(build.BuildError, match=r"release 11\.2, expected 12\.0 or newer"):
+        build.library()
+
+
+def test_what_the_compiler_says_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_nvcc(tmp_path, "13.0", monkeypatch)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("echo call", "echo no such type >&2; exit 2; echo call"))
+    with pytest.raises(build.BuildError, match="no such type"):
+        build.library()
+    assert [name for name in os.listdir(build.cache_folder()) if name.endswith(".so")] == []
+
+
+def test_the_cuda_sources_compile(tmp_path: Path) -> None:
+    try:
+        build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    said = build.compile_to(tmp_path / "library.so", ["90"])
+    assert "registers" in said
+    library = ctypes.CDLL(str(tmp_path / "library.so"))
+    assert library.mt_problem_bytes() > 0

@@ -1,0 +1,102 @@
+"""Fused backends without a GPU: Triton in its interpreter, the CUDA sources compiled for the CPU."""
+
+import pytest
+import torch
+
+from mt_deepspeed.config.model import LinkConfig
+from mt_deepspeed.kernels.manager_aggregation import manager_aggregation
+from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
+from mt_deepspeed.models import managers
+from tests.helpers import cuda_on_cpu
+from tests.helpers.aggregation import CASES, Case, check, differentiated, materialised
+
+BACKENDS = ["triton", "cuda"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cuda":
+        cuda_on_cpu.use(monkeypatch)
+    elif torch.cuda.is_available():
+        pytest.skip("tests/gpu runs it for real")
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_result_and_every_gradient(case: Case, backend: str) -> None:
+    # Triton's interpreter cuts bfloat16 off where the hardware rounds to the nearest.
+    check(case, backend, slack=2.0 if backend == "triton" else 1.0)
+
+
+def test_two_runs_give_the_same_bits(backend: str) -> None:
+    arguments = Case(3, 1, (4, 9, 64), adaptive=True, noise="own").arguments()
+
+    def once() -> dict[str, torch.Tensor]:
+        return differentiated(lambda **call: manager_aggregation(**call, backend=backend), arguments)
+
+    first, second = once(), once()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    arguments = Case(3, 1, (1, 2, 16), adaptive=True).arguments()
+    arguments["logits"] = torch.tensor([1e4, -1e4, 0.0]).expand(1, 2, 3)
+    arguments["temperature"] = torch.tensor([0.01])
+    found = differentiated(lambda **call: manager_aggregation(**call, backend=backend), arguments)
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_sums_that_do_not_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu.use(monkeypatch)
+    monkeypatch.setenv("EMULATED_SHARED_BYTES", "2000")
+    check(Case(4, 2, (3, 40, 16), noise="own"), "cuda")
+
+
+def test_states_that_are_not_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu.use(monkeypatch)
+    arguments = Case(2, 1, (2, 3, 8)).arguments()
+    expected = manager_aggregation(**arguments, backend="cuda")
+    moved = torch.cat([torch.zeros(1), arguments["experts"][0].flatten()])[1:].view(2, 3, 8)
+    assert moved.data_ptr() % 16
+    arguments["experts"][0] = moved
+    assert torch.equal(manager_aggregation(**arguments, backend="cuda"), expected)
+
+
+def _curve(backend: str | None, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Losses of a small model of two managers with noise; `backend` None: plain autograd and given noise."""
+    shape = (1, 4, 16)
+
+    def plain(experts, previous, w, b, logits, temperature, previous_weight, noise, eps, statistics):  # type: ignore[no-untyped-def]
+        given = materialised(noise, len(experts), shape).float()
+        return aggregate(experts, previous, w, b, logits, temperature, previous_weight, given, eps)
+
+    with monkeypatch.context() as patch:
+        if backend is None:
+            patch.setattr(managers, "manager_aggregation", plain)
+        else:
+            patch.setenv("MT_KERNELS", backend)
+        torch.manual_seed(0)
+        link, size, num_experts = LinkConfig(kind="aaue"), shape[-1], 2
+        first = managers.StaticManager(link, size, num_experts, 0, all_previous=False, layer=0)
+        second = managers.AdaptiveManager(link, size, num_experts, own_query=False, layer=1)
+        tower = torch.nn.ModuleList(torch.nn.Linear(size, size) for _ in range(num_experts))
+        model = torch.nn.ModuleList([first, second, tower])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        source, target = torch.randn(shape), torch.randn(shape)
+        losses = []
+        for _ in range(steps):
+            experts = [linear(source) for linear in tower]
+            state = first(experts, [], None, None).tanh()
+            loss = (second(experts, [state], state, None) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def test_training_follows_the_plain_curve(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = _curve(None, 32, monkeypatch), _curve(backend, 32, monkeypatch)
+    assert plain[-1] < 0.7 * plain[0], "it learns"
+    torch.testing.assert_close(torch.tensor(fused), torch.tensor(plain), rtol=2e-3, atol=0)
