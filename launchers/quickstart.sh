@@ -9,7 +9,7 @@ usage: bash launchers/quickstart.sh [--long] [--seed N] [--out DIR] [--set KEY=V
 
 Installs the package, draws a synthetic data set, converts it to shards, pre-trains ManagerTower with the
 deepspeed launcher (2 processes on a CPU, else one per GPU), evaluates on held-out pictures, exports, and fills
-masked words. About ten minutes on 2 busy cores, installation included; a second run reuses what exists.
+masked words. Under 8 minutes on 2 free cores, installation included; a second run reuses what exists.
 
   --long           train longer: better figures, at most 40 minutes on 2 cores
   --seed N         seed of the training (default: 0)
