@@ -23,7 +23,7 @@ import torchvision
 from PIL import Image
 
 from mt_deepspeed.data.images import decode_image, to_tensor
-from mt_deepspeed.data.order import Purpose, keyed_generator
+from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.transforms import RECIPES, ImageTransform
 from mt_deepspeed.models.vision_tower import normalise
 

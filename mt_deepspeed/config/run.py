@@ -40,6 +40,12 @@ class DataConfig:
     or has `model.mask_padding_in_managers` off; `longest` otherwise."""
     train_transform: str = "clip"
     eval_transform: str = "clip"
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A training sample that cannot be read (damaged shard or picture). `error`: the run ends and names it.
+    `skip`: a pair drawn from the same data set takes its place; logged, counted and listed in the run folder.
+    Evaluation never skips."""
+    max_skipped_share: float = 0.001
+    """The run ends when a rank skips more of its samples since its start (of 10,000 samples at first)."""
     num_workers: int = 2
     """Loader workers per rank; 0 reads in the training process."""
     worker_kind: Literal["thread", "process"] = "thread"

@@ -15,8 +15,8 @@ Letters: B samples of the micro-batch, F false images, S pixels per side, L toke
 All randomness is keyed by (seed, stream position), so a sample looks the same wherever it is made.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,22 +26,38 @@ from torch import Tensor
 
 from mt_deepspeed.data.corpus import Corpus, Sample
 from mt_deepspeed.data.images import decode_image
-from mt_deepspeed.data.order import Purpose, keyed_coins, keyed_generator
-from mt_deepspeed.data.shards import ShardReadError
+from mt_deepspeed.data.keyed import Purpose, keyed_bits, keyed_generator
+from mt_deepspeed.data.shards import EncodedImage, ShardReadError
+from mt_deepspeed.data.skipped import Skipped
 from mt_deepspeed.data.text import IGNORED, CaptionTokenizer, EncodedText
 from mt_deepspeed.data.transforms import ImageTransform
 
 Batch = dict[str, Tensor]
+Made = tuple[Batch, list[Skipped]]
+"""A batch, and what was skipped for it."""
 Negatives = Literal["dataset", "in_batch"]
 _Int64 = NDArray[np.int64]
+
+REPLACEMENTS = 10
+"""Samples tried in the place of one that cannot be read before the run gives up."""
+_SPARE = {Purpose.IMAGE: Purpose.SPARE, Purpose.FALSE_IMAGE: Purpose.FALSE_SPARE}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A planned micro-batch: stream positions [B] and the pairs [B] that stand there."""
+    """A planned micro-batch.
+
+    Attributes:
+        positions: [B] stream positions.
+        pairs: [B] pairs that stand there.
+        others: [B] pairs of the same data sets, whose images serve where one must not match.
+        blocks: [B] first pairs of the blocks that the pairs are read in (see `shuffle`).
+    """
 
     positions: _Int64
-    samples: _Int64
+    pairs: _Int64
+    others: _Int64
+    blocks: _Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +73,7 @@ class BatchMaker:
         mlm_probability: Chance of a word, or token, to be masked; None: no MLM.
         whole_words: Mask whole words.
         negatives: Where images that do not match come from; None: no ITM.
+        skip_bad: Put another pair in the place of one that cannot be read, and tell.
     """
 
     corpus: Corpus
@@ -67,31 +84,72 @@ class BatchMaker:
     mlm_probability: float | None
     whole_words: bool
     negatives: Negatives | None
+    skip_bad: bool
 
-    def __call__(self, plan: MicroBatch) -> Batch:
-        """Reads, decodes and collates.
+    def __call__(self, plan: MicroBatch) -> Made:
+        """Reads, decodes and collates; also returns what was skipped.
 
         Raises:
             ShardReadError: A sample that cannot be read; names file, row and reason.
         """
-        positions = plan.positions.tolist()
-        samples = [self.corpus.sample(index) for index in plan.samples.tolist()]
+        positions, skipped = plan.positions.tolist(), list[Skipped]()
+        labels_B, index_B = match_labels(self.seed, plan.positions), np.arange(len(positions))
+        false = np.flatnonzero(labels_B == 0).tolist() if self.negatives == "dataset" else []
+        index_B[false] = len(positions) + np.arange(len(false))
+        # Every picture is put straight into its place.
+        pixels = torch.empty(
+            len(positions) + len(false), 3, self.transform.size, self.transform.size, dtype=torch.uint8
+        )
+        samples = [
+            self._read(position, pair, Purpose.IMAGE, None, out, skipped)
+            for position, pair, out in zip(positions, plan.pairs.tolist(), pixels, strict=False)
+        ]
+        for i, out in zip(false, pixels[len(positions) :], strict=True):
+            self._read(positions[i], int(plan.others[i]), Purpose.FALSE_IMAGE, samples[i], out, skipped)
         texts = [self.tokenizer.encode(sample.caption) for sample in samples]
-        batch = self._text_tensors(texts, positions)
-        images = [(s.dataset, s.row, p, Purpose.IMAGE) for s, p in zip(samples, positions, strict=True)]
+        batch = {"pixels": pixels, **self._text_tensors(texts, positions)}
+        if self.negatives == "in_batch":
+            self._swap_in_batch(samples, positions, labels_B, index_B)
         if self.negatives is not None:
-            labels_B = match_labels(self.seed, plan.positions)
-            index_B = np.arange(len(samples))
-            if self.negatives == "in_batch":
-                self._swap_in_batch(samples, positions, labels_B, index_B)
-            else:
-                images += self._false_images(samples, positions, labels_B, index_B)
             batch |= {"itm_image_index": torch.from_numpy(index_B), "itm_labels": torch.from_numpy(labels_B)}
-        size = self.transform.size
-        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-        for out, (dataset, row, position, purpose) in zip(pixels, images, strict=True):
-            out.copy_(self.picture(dataset, row, keyed_generator(self.seed, position, purpose)))
-        return {"pixels": pixels, **batch, "sample_ids": torch.from_numpy(plan.samples.copy())}
+        batch["sample_ids"] = torch.tensor([sample.pair for sample in samples], dtype=torch.int64)
+        return batch, skipped
+
+    def _read(
+        self,
+        position: int,
+        pair: int,
+        purpose: Purpose,
+        apart_from: Sample | None,
+        out: Tensor,
+        skipped: list[Skipped],
+    ) -> Sample:
+        """Reads a pair and puts its picture, or the next one if it is that of `apart_from`, into `out`."""
+        fault: ShardReadError | None = None
+        for candidate in self._candidates(position, pair, purpose):
+            try:
+                sample = self.corpus.sample(candidate)
+                if apart_from is not None and sample.row == apart_from.row:
+                    rows = self.corpus.datasets[sample.dataset].num_rows
+                    sample = replace(sample, row=(sample.row + 1) % rows)
+                generator = keyed_generator(self.seed, position, purpose)
+                out.copy_(self.picture(sample.dataset, sample.row, generator))
+            except ShardReadError as error:
+                if not self.skip_bad:
+                    raise
+                fault = fault or error
+                continue
+            if fault is not None:
+                skipped.append(Skipped(position, pair, sample.pair, str(fault)))
+            return sample
+        raise ShardReadError(f"{fault}; {REPLACEMENTS} other samples could not be read either")
+
+    def _candidates(self, position: int, pair: int, purpose: Purpose) -> Iterator[int]:
+        """The pair, then others of its data set, drawn for this position."""
+        yield pair
+        first, last = self.corpus.range_of(pair)
+        generator = keyed_generator(self.seed, position, _SPARE[purpose])
+        yield from generator.integers(first, last, size=REPLACEMENTS).tolist()
 
     def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:
         length = self.pad_to or max((len(text.ids) for text in texts), default=1)
@@ -113,19 +171,6 @@ class BatchMaker:
             batch["mlm_labels"] = pad([labels for _, labels in masked], length, IGNORED)
             batch["mlm_positions"] = (batch["mlm_labels"].flatten() != IGNORED).nonzero()[:, 0]
         return batch
-
-    def _false_images(
-        self, samples: Sequence[Sample], positions: Sequence[int], labels_B: _Int64, index_B: _Int64
-    ) -> list[tuple[int, int, int, Purpose]]:
-        """Draws another image of the same data set for every row that must not match; sets `index_B`."""
-        images: list[tuple[int, int, int, Purpose]] = []
-        for i in np.flatnonzero(labels_B == 0).tolist():
-            generator = keyed_generator(self.seed, positions[i], Purpose.NEGATIVE)
-            own = samples[i]
-            row = int(generator.integers(self.corpus.datasets[own.dataset].num_rows - 1))
-            index_B[i] = len(samples) + len(images)
-            images.append((own.dataset, row + (row >= own.row), positions[i], Purpose.FALSE_IMAGE))
-        return images
 
     def _swap_in_batch(
         self, samples: Sequence[Sample], positions: Sequence[int], labels_B: _Int64, index_B: _Int64
@@ -151,15 +196,20 @@ class BatchMaker:
         """
         image = self.corpus.image(dataset, row, number)
         try:
-            return self.transform(decode_image(image.data), generator)
+            return self.transform(decode_image(image.data, self._decoded_side(image)), generator)
         except ValueError as error:
             raise ShardReadError(f"{image.where}: {error}") from error
+
+    def _decoded_side(self, image: EncodedImage) -> int | None:
+        """What to ask the decoder for: nothing where the picture is too small to be decoded smaller."""
+        side = self.transform.smallest_side
+        return side if side is not None and min(image.width, image.height) >= 2 * side else None
 
 
 def match_labels(seed: int, positions_B: _Int64) -> _Int64:
     """ITM labels [B]: of the positions 2k and 2k + 1 one matches, by a keyed coin."""
-    coins_B = keyed_coins(seed, positions_B // 2, Purpose.MATCH)
-    return (coins_B ^ (positions_B % 2 == 1)).astype(np.int64)
+    coins_B = (keyed_bits(seed, positions_B // 2, Purpose.MATCH) >> np.uint64(63)).astype(np.int64)
+    return coins_B ^ (positions_B % 2)
 
 
 def pad(rows: Sequence[_Int64], length: int, value: int) -> Tensor:

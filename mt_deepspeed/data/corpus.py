@@ -1,6 +1,7 @@
 """Several data sets as one: pairs numbered through, in the order of the configuration."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from mt_deepspeed.config.run import DatasetConfig
 from mt_deepspeed.data.shards import CaptionDataset, EncodedImage
+from mt_deepspeed.data.shuffle import WINDOW_BLOCKS, pairs_per_block
 
 _Int64 = NDArray[np.int64]
 
@@ -19,6 +21,7 @@ _Int64 = NDArray[np.int64]
 class Sample:
     """One (image, text) pair; `dataset` and `row` together name the image."""
 
+    pair: int
     dataset: int
     row: int
     caption: str
@@ -54,6 +57,7 @@ class Corpus:
             if dataset.num_pairs == 0:
                 raise ValueError(f"{dataset.folder}: splits {list(dataset.splits)} hold no texts")
         self.sizes = [dataset.num_pairs for dataset in self.datasets]
+        self.blocks = [pairs_per_block(dataset.num_pairs, dataset.num_bytes) for dataset in self.datasets]
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
         self._row_offsets = np.cumsum([0, *(dataset.num_rows for dataset in self.datasets)])
 
@@ -86,7 +90,7 @@ class Corpus:
         """Reads pair `index`, without its image."""
         number = int(np.searchsorted(self.offsets, index, side="right")) - 1
         pair = self.datasets[number].pair(index - int(self.offsets[number]))
-        return Sample(number, pair.row, pair.caption)
+        return Sample(index, number, pair.row, pair.caption)
 
     def annotations(self, index: int) -> dict[str, Any]:
         """What belongs to the text of pair `index` (see `CaptionDataset.annotations`)."""
@@ -102,6 +106,35 @@ class Corpus:
         """Number of the sample's image among those of all data sets."""
         return int(self._row_offsets[sample.dataset]) + sample.row
 
+    def range_of(self, index: int) -> tuple[int, int]:
+        """First and last + 1 of the pairs of the data set that pair `index` belongs to."""
+        number = int(np.searchsorted(self.offsets, index, side="right"))
+        return int(self.offsets[number - 1]), int(self.offsets[number])
+
     def image(self, dataset: int, row: int, number: int = 0) -> EncodedImage:
         """The encoded image `number` in row `row` of data set number `dataset`."""
         return self.datasets[dataset].image(row, number)
+
+
+class ReadAhead:
+    """Has the system read blocks of the files in one go, once each while they are in use.
+
+    Single pictures are some 100 kB; file servers and disks like larger pieces.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._recent: OrderedDict[int, None] = OrderedDict()
+
+    def __call__(self, blocks_K: _Int64) -> None:
+        """Announces that the blocks that begin with pairs [K] will be used."""
+        for start in np.unique(blocks_K).tolist():
+            if start not in self._recent:
+                first, last = self._corpus.range_of(start)
+                number = int(np.searchsorted(self._corpus.offsets, start, side="right")) - 1
+                stop = min(start + self._corpus.blocks[number], last)
+                self._corpus.datasets[number].read_ahead(start - first, stop - first)
+                self._recent[start] = None
+            self._recent.move_to_end(start)
+        while len(self._recent) > 2 * WINDOW_BLOCKS:
+            self._recent.popitem(last=False)

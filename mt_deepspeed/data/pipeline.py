@@ -10,6 +10,7 @@ resume is to start at another step, with any number of ranks and workers.
 import itertools
 import signal
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
 
 from mt_deepspeed.config.run import DataConfig, RunConfig
-from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch, Negatives
-from mt_deepspeed.data.corpus import Corpus
+from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, Negatives
+from mt_deepspeed.data.corpus import Corpus, ReadAhead
+from mt_deepspeed.data.keyed import Purpose, keyed_bits
 from mt_deepspeed.data.order import SampleOrder, micro_batches
+from mt_deepspeed.data.skipped import SkippedList
 from mt_deepspeed.data.task_batches import (
     SCHEMA_OF_TASK,
     TaskBatchMaker,
@@ -31,7 +34,8 @@ from mt_deepspeed.data.task_batches import (
 from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.data.transforms import ImageTransform
 
-Maker = Callable[[MicroBatch], Batch]
+Maker = Callable[[MicroBatch], Made]
+_Int64 = NDArray[np.int64]
 
 EVALUATION_SEED = 0
 """Masks and negatives of evaluation are the same in every run, whatever its seed."""
@@ -68,7 +72,10 @@ class PretrainStream:
                 f"{train.global_batch_size}; lower it or add data"
             )
         self._config, self._rank, self._world_size = config, rank, world_size
-        self._order = SampleOrder(self._corpus.sizes, self._corpus.weights, self._corpus.digest, train.seed)
+        corpus = self._corpus
+        self._order = SampleOrder(corpus.sizes, corpus.blocks, corpus.weights, corpus.digest, train.seed)
+        listed = Path(config.run_dir) / f"skipped-rank{rank:05d}.jsonl"
+        self._skipped = SkippedList(listed, config.data.max_skipped_share)
         self._running: list[Generator[list[Batch], None, None]] = []
 
     @property
@@ -90,11 +97,17 @@ class PretrainStream:
             "seed": self._config.train.seed,
         }
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """What this rank has met since it started."""
+        skips = self._config.data.on_bad_sample == "skip"
+        return {"data/skipped_samples": float(self._skipped.num_skipped)} if skips else {}
+
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """Yields this rank's micro-batches, one per accumulation step, of every step from `first_step` on.
 
         Raises:
-            ShardReadError: A sample cannot be read; names file, row and reason.
+            ShardReadError: A sample cannot be read, or too many cannot; names file, row and reason.
         """
         running = self._steps(first_step)
         self._running.append(running)
@@ -110,28 +123,41 @@ class PretrainStream:
         """This rank's micro-batches of one optimizer step."""
         train = self._config.train
         positions_G = np.arange(step * train.global_batch_size, (step + 1) * train.global_batch_size)
-        located = self._order.locate(positions_G)
-        samples_G = self._corpus.offsets[located.dataset] + located.index
+        found = self._order.locate(positions_G).found
+        offsets_G = self._corpus.offsets[found.dataset]
+        pairs_G, others_G = offsets_G + found.index, offsets_G + found.neighbour
         # Retrieval contrasts the texts of a micro-batch: their length should tell nothing.
         by_length = self._config.data.padding == "longest" and self._config.task != "retrieval"
         dealt = micro_batches(
-            self._corpus.caption_bytes(samples_G) if by_length else None,
-            train.global_batch_size,
+            found.depth,
+            self._corpus.caption_bytes(pairs_G) if by_length else None,
             train.micro_batch_size,
             self._rank,
             self._world_size,
         )
-        return [MicroBatch(positions_G[chosen], samples_G[chosen]) for chosen in dealt]
+        starts_G = offsets_G + found.start
+        return [MicroBatch(positions_G[own], pairs_G[own], others_G[own], starts_G[own]) for own in dealt]
+
+    def _plans(self, first_step: int) -> Iterator[MicroBatch]:
+        """The plans of all steps; what a step reads is announced to the system a step before."""
+        read_ahead = ReadAhead(self._corpus)
+        coming = self.plan(first_step)
+        for step in itertools.count(first_step + 1):
+            now, coming = coming, self.plan(step)
+            read_ahead(np.concatenate([plan.blocks for plan in coming]))
+            yield from now
 
     def _steps(self, first_step: int) -> Generator[list[Batch], None, None]:
-        plans = itertools.chain.from_iterable(map(self.plan, itertools.count(first_step)))
-        batches = _produce(plans, self._maker, self._config.data)
+        batches = _produce(self._plans(first_step), self._maker, self._config.data)
         accumulation = self._config.train.global_batch_size // (
             self._config.train.micro_batch_size * self._world_size
         )
         try:
             while True:
-                yield list(itertools.islice(batches, accumulation))
+                made = list(itertools.islice(batches, accumulation))
+                for batch, skipped in made:
+                    self._skipped.add(len(batch["sample_ids"]), skipped)
+                yield [batch for batch, _ in made]
         finally:
             batches.close()
 
@@ -161,10 +187,10 @@ def eval_batches(
     count = min(max_samples or corpus.num_pairs, corpus.num_pairs)
     rounds = range(0, count, config.train.micro_batch_size * world_size)
     plans = (
-        _eval_plan(start, min(start + rounds.step, count), count, corpus.num_pairs, rank, world_size)
-        for start in rounds
+        _eval_plan(corpus, count, np.array_split(np.arange(i, min(i + rounds.step, count)), world_size)[rank])
+        for i in rounds
     )
-    return _produce(plans, maker, config.data)
+    return (batch for batch, _ in _produce(plans, maker, config.data))
 
 
 def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64]:
@@ -194,17 +220,22 @@ def eval_images(config: RunConfig, rank: int, world_size: int) -> Iterator[Batch
     assert isinstance(maker, TaskBatchMaker)
     pairs = np.array_split(corpus.first_pairs(), world_size)[rank]
     size = config.train.micro_batch_size
-    plans = (MicroBatch(part, part) for part in (pairs[i : i + size] for i in range(0, len(pairs), size)))
-    return _produce(plans, maker.images, config.data)
+    parts = (pairs[i : i + size] for i in range(0, len(pairs), size))
+    plans = (MicroBatch(part, part, part, part) for part in parts)
+    return (batch for batch, _ in _produce(plans, maker.images, config.data))
 
 
 def _eval_corpus(config: RunConfig) -> Corpus:
     return Corpus(config.data.eval, config.data.root, "data.eval", SCHEMA_OF_TASK[config.task])
 
 
-def _eval_plan(start: int, stop: int, count: int, num_pairs: int, rank: int, world_size: int) -> MicroBatch:
-    positions = np.array_split(np.arange(start, stop), world_size)[rank]
-    return MicroBatch(positions, positions * num_pairs // count)
+def _eval_plan(corpus: Corpus, count: int, positions_B: _Int64) -> MicroBatch:
+    """Positions of an evaluation of `count` pairs, spread evenly; false images from the whole data set."""
+    pairs_B = positions_B * corpus.num_pairs // count
+    dataset_B = np.searchsorted(corpus.offsets, pairs_B, side="right") - 1
+    bits_B = keyed_bits(EVALUATION_SEED, positions_B, Purpose.NEGATIVE)
+    drawn_B = (bits_B % np.asarray(corpus.sizes, np.uint64)[dataset_B]).astype(np.int64)
+    return MicroBatch(positions_B, pairs_B, corpus.offsets[dataset_B] + drawn_B, pairs_B)
 
 
 def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, Maker]:
@@ -235,6 +266,7 @@ def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> t
         mlm_probability=objectives.mlm_probability if pretraining and objectives.mlm_weight > 0 else None,
         whole_words=objectives.whole_word_masking,
         negatives=negatives,
+        skip_bad=training and data.on_bad_sample == "skip",
     )
     if pretraining:
         return corpus, maker
@@ -264,13 +296,13 @@ def _check_text(config: RunConfig, vocab_size: int, pad_id: int) -> None:
         raise ValueError(f"data.max_text_len {data.max_text_len}: choose 3 to {longest} for this model")
 
 
-class _Made(Dataset[Batch]):
+class _Maker(Dataset[Made]):
     """A map-style view for `DataLoader`: the key is the plan itself."""
 
     def __init__(self, maker: Maker) -> None:
         self._maker = maker
 
-    def __getitem__(self, plan: MicroBatch) -> Batch:
+    def __getitem__(self, plan: MicroBatch) -> Made:
         return self._maker(plan)
 
 
@@ -280,7 +312,7 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Batch, None, None]:
+def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Made, None, None]:
     """Makes the batches of `plans`, in order, by the workers the configuration asks for.
 
     Threads do well because decoding, resizing and tokenising run outside the interpreter's lock. Processes go
@@ -290,7 +322,7 @@ def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Gen
     cuda = torch.cuda.is_available()
     if data.num_workers > 0 and data.worker_kind == "process":
         yield from DataLoader(
-            _Made(maker),
+            _Maker(maker),
             batch_size=None,
             sampler=plans,
             num_workers=data.num_workers,
@@ -299,5 +331,5 @@ def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Gen
             worker_init_fn=_ignore_stop_signals,
         )
     else:
-        node: BaseNode[Batch] = ParallelMapper(IterableWrapper(plans), maker, data.num_workers)
+        node: BaseNode[Made] = ParallelMapper(IterableWrapper(plans), maker, data.num_workers)
         yield from PinMemory(node) if cuda else node

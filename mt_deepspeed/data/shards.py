@@ -3,41 +3,31 @@
 The folders of all tasks are read here: a text is a caption, a question, a statement or a hypothesis, and what
 belongs to it (labels, scores, ids) comes along when asked for.
 
-The index is one small table per open shard (a line per record batch); captions and offsets stay in the file.
-Nothing is locked and nothing is shared but read-only pages, so threads and forked workers may read freely.
+Only so many shards are open at a time, whatever the size of the data set. Threads may read freely.
 """
 
-import mmap
 import os
+import resource
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_tools.shard_format import (
-    IMAGE_COLUMNS,
-    MANIFEST_NAME,
-    SCHEMAS,
-    TEXT_COLUMNS,
-    ShardFormatError,
-    ShardInfo,
-    read_manifest,
-)
+from data_tools.shard_format import MANIFEST_NAME, ShardFormatError, ShardInfo, read_manifest
+from mt_deepspeed.data.mapped_shard import EncodedImage, MappedShard, ShardReadError
 
-# Buffers of a record batch that are read, as rows of `_Shard._spans`; values follow their offsets, and the
-# offsets of a row's second image those of the first.
-LIST_OFFSETS, TEXT_OFFSETS, ID_OFFSETS, IMAGE_OFFSETS = 0, 1, 3, 5
+__all__ = ["CaptionDataset", "EncodedImage", "Pair", "ShardReadError"]
+
+MAX_OPEN_SHARDS = 2048
+"""More than the blocks of a window: a shard is then opened about once in a window."""
 
 _Int64 = NDArray[np.int64]
-
-
-class ShardReadError(ValueError):
-    """A row of a shard that cannot be read; names file, row and reason."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +36,6 @@ class Pair:
 
     row: int
     caption: str
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image as stored.
-
-    Attributes:
-        data: [bytes] uint8, read-only view of the mapped file.
-        where: File, row and image id, for messages.
-    """
-
-    data: NDArray[np.uint8]
-    where: str
 
 
 class CaptionDataset:
@@ -99,7 +76,9 @@ class CaptionDataset:
         _check_files(self.folder, named, self._infos)
         self._text_starts = np.cumsum([0, *(info.texts for info in self._infos)])
         self._row_starts = np.cumsum([0, *(info.rows for info in self._infos)])
-        self._open: dict[int, _Shard] = {}
+        self._open: OrderedDict[int, MappedShard] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        _allow_open_files()
 
     @property
     def num_pairs(self) -> int:
@@ -110,6 +89,11 @@ class CaptionDataset:
     def num_rows(self) -> int:
         """Number of images."""
         return int(self._row_starts[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the shards."""
+        return sum(info.bytes for info in self._infos)
 
     def check(self, part: int = 0, num_parts: int = 1) -> None:
         """Opens every `num_parts`-th shard: footer, schema and counts must be what the manifest says.
@@ -164,126 +148,31 @@ class CaptionDataset:
         shard = int(np.searchsorted(self._row_starts, row, side="right")) - 1
         return self._shard(shard).image(row - int(self._row_starts[shard]), number)
 
-    def _shard(self, number: int) -> "_Shard":
-        shard = self._open.get(number)
-        if shard is None:  # two threads may both open it; one of the two equal shards is then dropped
-            info = self._infos[number]
-            shard = self._open.setdefault(number, _Shard(self.folder / info.file, info, self.task))
-        return shard
+    def read_ahead(self, first: int, last: int) -> None:
+        """Has the system read the images of pairs `first` to `last` - 1 in one go, without waiting for it."""
+        begin = int(np.searchsorted(self._text_starts, first, side="right")) - 1
+        end = int(np.searchsorted(self._text_starts, last, side="left"))
+        for number in range(begin, end):
+            start, stop = (int(self._text_starts[i]) for i in (number, number + 1))
+            self._shard(number).read_ahead(max(first, start) - start, min(last, stop) - start)
+
+    def _shard(self, number: int) -> MappedShard:
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                info = self._infos[number]
+                shard = self._open[number] = MappedShard(self.folder / info.file, info, self.task)
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)  # views of it keep its file mapped
+            self._open.move_to_end(number)
+            return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_lock")}
 
-
-class _Shard:
-    """One mapped shard file and where the buffers of its record batches lie in it."""
-
-    def __init__(self, path: Path, info: ShardInfo, task: str) -> None:
-        self.path = path
-        self._images = [image for image, _, _ in IMAGE_COLUMNS[task]]
-        self._text = TEXT_COLUMNS[task]
-        schema = SCHEMAS[task]
-        self._lists = [c.name for c in schema if pa.types.is_list(c.type) and c.name != self._text]
-        try:
-            mapped = _map_file(path)
-            arrow = pa.py_buffer(mapped)
-            reader = pa.ipc.open_file(pa.BufferReader(arrow))
-            if not reader.schema.equals(schema):
-                raise ShardFormatError(
-                    f"{path}: schema\n{reader.schema}\nexpected\n{schema}\nconvert the data again"
-                )
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (OSError, pa.ArrowException) as error:
-            raise ShardFormatError(f"{path}: not a readable Arrow IPC file: {error}") from error
-        # Buffers are 8-byte aligned, so whole-file views serve all of them.
-        self._bytes = np.frombuffer(mapped, np.uint8)
-        self._words = np.frombuffer(mapped, np.int32, len(mapped) // 4)
-        self._longs = np.frombuffer(mapped, np.int64, len(mapped) // 8)
-        self._row_starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._text_starts = np.cumsum([0, *(len(batch.column(self._text).values) for batch in batches)])
-        found = (int(self._row_starts[-1]), int(self._text_starts[-1]))
-        if found != (info.rows, info.texts):
-            raise ShardFormatError(
-                f"{path}: {found[0]} rows and {found[1]} texts, but {MANIFEST_NAME} says {info.rows} and "
-                f"{info.texts}; convert the data again"
-            )
-        spans = [_spans(batch, self._text, self._images, arrow.address) for batch in batches]
-        self._spans = np.array(spans, np.int64).reshape(-1, IMAGE_OFFSETS + 2 * len(self._images), 2)
-        if (self._spans[:, :, 0] % 8).any() or (self._spans < 0).any() or (self._spans > len(mapped)).any():
-            raise ShardFormatError(f"{path}: compressed or not aligned to 8 bytes; convert the data again")
-        self._batches = batches if self._lists else []
-
-    def caption_bytes(self, texts_K: _Int64) -> _Int64:
-        batch_K = np.searchsorted(self._text_starts, texts_K, side="right") - 1
-        first_K = self._spans[batch_K, TEXT_OFFSETS, 0] // 4 + texts_K - self._text_starts[batch_K]
-        return self._words[first_K + 1].astype(np.int64) - self._words[first_K]
-
-    def text(self, text: int) -> tuple[int, str]:
-        """(row inside the shard, text) of a text."""
-        batch = int(np.searchsorted(self._text_starts, text, side="right")) - 1
-        within = text - int(self._text_starts[batch])
-        offsets = self._list_offsets(batch)
-        row = int(self._row_starts[batch] + np.searchsorted(offsets, within, side="right")) - 1
-        data = self._value(self._words, batch, TEXT_OFFSETS, within, f"row {row}: {self._text}")
-        try:
-            return row, data.tobytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ShardReadError(f"{self.path}: row {row}: {self._text}: {error}") from error
-
-    def _list_offsets(self, batch: int) -> NDArray[np.int32]:
-        """Where the texts of each row of a record batch begin, and where the last ones end."""
-        rows = int(self._row_starts[batch + 1] - self._row_starts[batch])
-        first = int(self._spans[batch, LIST_OFFSETS, 0]) // 4
-        offsets = self._words[first : first + rows + 1]
-        texts = int(self._text_starts[batch + 1] - self._text_starts[batch])
-        if offsets[0] != 0 or offsets[-1] != texts or (np.diff(offsets) < 0).any():
-            raise ShardReadError(f"{self.path}: record batch {batch}: {self._text}: damaged offsets")
-        return offsets
-
-    def first_texts(self) -> _Int64:
-        """The first text of every row that has one."""
-        starts = [np.empty(0, np.int64)]
-        for batch, start in enumerate(self._text_starts[:-1]):
-            offsets = self._list_offsets(batch)
-            starts.append(offsets[:-1][np.diff(offsets) > 0].astype(np.int64) + start)
-        return np.concatenate(starts)
-
-    def annotations(self, text: int) -> dict[str, Any]:
-        """Entry of every other list column, by name."""
-        batch = int(np.searchsorted(self._text_starts, text, side="right")) - 1
-        within = text - int(self._text_starts[batch])
-        offsets = self._list_offsets(batch)
-        row = int(np.searchsorted(offsets, within, side="right")) - 1
-        found = {}
-        for name in self._lists:
-            entries = self._batches[batch].column(name)[row].as_py()
-            if len(entries) != offsets[row + 1] - offsets[row]:
-                where = f"{self.path}: row {int(self._row_starts[batch]) + row}: {name}"
-                raise ShardReadError(
-                    f"{where}: found {len(entries)} entries, expected {offsets[row + 1] - offsets[row]}, "
-                    f"one for each of {self._text}; convert the data again"
-                )
-            found[name] = entries[within - int(offsets[row])]
-        return found
-
-    def image(self, row: int, number: int) -> EncodedImage:
-        batch = int(np.searchsorted(self._row_starts, row, side="right")) - 1
-        within = row - int(self._row_starts[batch])
-        offsets = IMAGE_OFFSETS + 2 * number
-        data = self._value(self._longs, batch, offsets, within, f"row {row}: {self._images[number]}")
-        image_id = self._value(self._words, batch, ID_OFFSETS, within, f"row {row}: image_id").tobytes()
-        return EncodedImage(data, f"{self.path}: row {row}: image {image_id.decode('utf-8', 'replace')!r}")
-
-    def _value(
-        self, offsets: NDArray[Any], batch: int, buffer: int, index: int, what: str
-    ) -> NDArray[np.uint8]:
-        """Bytes of value `index` of a column whose offsets lie in `buffer` and its values in the next one."""
-        first = int(self._spans[batch, buffer, 0]) // offsets.itemsize + index
-        start, stop = self._spans[batch, buffer + 1].tolist()
-        begin, end = start + int(offsets[first]), start + int(offsets[first + 1])
-        if not start <= begin <= end <= stop:
-            raise ShardReadError(f"{self.path}: {what}: damaged offsets")
-        return self._bytes[begin:end]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open, self._lock = OrderedDict(), threading.Lock()
 
 
 def _check_files(folder: Path, named: set[str], needed: Sequence[ShardInfo]) -> None:
@@ -305,23 +194,8 @@ def _check_files(folder: Path, named: set[str], needed: Sequence[ShardInfo]) -> 
             )
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    # One descriptor per shard would hit the usual limit of 1024; newer Pythons can let go of it.
-    untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **untracked)
-
-
-def _spans(batch: pa.RecordBatch, text: str, images: Sequence[str], base: int) -> list[tuple[int, int]]:
-    """First and last + 1 byte in the file of the buffers of a record batch that are read."""
-    _, list_offsets, _, text_offsets, texts = batch.column(text).buffers()
-    _, id_offsets, ids = batch.column("image_id").buffers()
-    buffers = [list_offsets, text_offsets, texts, id_offsets, ids]
-    for name in images:
-        buffers += batch.column(name).buffers()[1:]
-    # An empty buffer has no place in the file, and nothing ever reads from it.
-    starts = [buffer.address - base if buffer is not None and buffer.size else 0 for buffer in buffers]
-    return [
-        (start, start + (buffer.size if buffer is not None else 0))
-        for start, buffer in zip(starts, buffers, strict=True)
-    ]
+def _allow_open_files() -> None:
+    """Lets this process have as many open files as it may: the usual 1024 are fewer than the open shards."""
+    if sys.version_info < (3, 13):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -15,7 +15,7 @@ Letters: B samples, A answers of the vocabulary, n false texts, L tokens, S pixe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mt_deepspeed.config.run import RunConfig
-from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch, pad
+from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, pad
 from mt_deepspeed.data.corpus import Corpus, Sample
-from mt_deepspeed.data.order import Purpose, keyed_generator
+from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.shards import ShardReadError
 
 SCHEMA_OF_TASK = {
@@ -57,24 +57,31 @@ class TaskBatchMaker:
     maker: BatchMaker
     training: bool
 
-    def __call__(self, plan: MicroBatch) -> Batch:
-        """Reads, decodes and collates.
+    def __call__(self, plan: MicroBatch) -> Made:
+        """Reads, decodes and collates; also returns what was skipped.
 
         Raises:
             ShardReadError: A sample that cannot be read or has no usable label; names file and row.
         """
-        batch, corpus = self.maker(plan), self.maker.corpus
-        samples = [corpus.sample(index) for index in plan.samples.tolist()]
+        batch, skipped = self.maker(plan)
+        plan = replace(plan, pairs=batch["sample_ids"].numpy())  # with those that took a skipped one's place
+        return batch | self._notes(plan, batch["pixels"]), skipped
+
+    def _notes(self, plan: MicroBatch, pixels: Tensor) -> Batch:
+        """The keys of the task."""
+        corpus = self.maker.corpus
+        samples = [corpus.sample(index) for index in plan.pairs.tolist()]
+        batch: Batch = {}
         batch["dataset_ids"] = torch.tensor([sample.dataset for sample in samples], dtype=torch.int64)
         task = self.config.task
         if task == "retrieval":
             return batch | self._retrieval(plan, samples)
-        notes = [corpus.annotations(index) for index in plan.samples.tolist()]
+        notes = [corpus.annotations(index) for index in plan.pairs.tolist()]
         if task == "vqa":
             return batch | self._answers(samples, notes)
         batch["labels"] = self._labels(samples, notes)
         if task == "nlvr2":
-            batch["pixels"] = torch.cat([batch["pixels"], self._second_images(plan, samples)])
+            batch["pixels"] = torch.cat([pixels, self._second_images(plan, samples)])
         return batch
 
     def texts(self, samples_K: NDArray[np.int64]) -> Batch:
@@ -88,15 +95,15 @@ class TaskBatchMaker:
             "image_ids": self._image_ids(samples),
         }
 
-    def images(self, plan: MicroBatch) -> Batch:
+    def images(self, plan: MicroBatch) -> Made:
         """The images of pairs [B] without their texts."""
-        samples = [self.maker.corpus.sample(index) for index in plan.samples.tolist()]
+        samples = [self.maker.corpus.sample(index) for index in plan.pairs.tolist()]
         size = self.maker.transform.size
         pixels = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
         for out, sample, position in zip(pixels, samples, plan.positions.tolist(), strict=True):
             generator = keyed_generator(self.maker.seed, position, Purpose.IMAGE)
             out.copy_(self.maker.picture(sample.dataset, sample.row, generator))
-        return {"pixels": pixels, "image_ids": self._image_ids(samples)}
+        return {"pixels": pixels, "image_ids": self._image_ids(samples)}, []
 
     def _image_ids(self, samples: Sequence[Sample]) -> Tensor:
         return torch.tensor([self.maker.corpus.image_number(one) for one in samples], dtype=torch.int64)

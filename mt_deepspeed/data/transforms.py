@@ -45,6 +45,15 @@ class Recipe:
     flip: bool = False
     augment: Augment | None = None
 
+    def smallest_side(self, size: int) -> int | None:
+        """Pixels per side of the whole picture that still give every crop `size` of its own; None: all of them.
+
+        What changes whole pictures by a number of pixels must see them at their size.
+        """
+        if self.crop_area is None:
+            return size if self.augment is None else None
+        return math.ceil(size / math.sqrt(self.crop_area[0] * CROP_RATIO[0]))
+
     @property
     def random(self) -> bool:
         """Whether the result depends on the generator."""
@@ -79,6 +88,10 @@ class ImageTransform:
         size: S, pixels per side.
         train: False refuses names whose result is random.
 
+    Attributes:
+        smallest_side: Pixels per side that pictures have to be decoded with, at least; None: at their size.
+            In evaluation always None.
+
     Raises:
         ValueError: No such transform here; the message lists those there are.
     """
@@ -89,6 +102,7 @@ class ImageTransform:
             kind = "train" if train else "eval"
             raise ValueError(f"data.{kind}_transform {name!r}: choose one of {', '.join(names)}")
         self.name, self.size = name, size
+        self.smallest_side = RECIPES[name].smallest_side(size) if train else None
 
     def __call__(self, pixels: Tensor, generator: np.random.Generator) -> Tensor:
         """[3, height, width] uint8 -> [3, S, S] uint8."""

@@ -137,7 +137,7 @@ class _Run:
             result, rates, step_s = self._step(batches, progress, step_s, patient=progress.step == first)
             stop = self.stops.granted(result.requests)
             if stop or self.monitor.due(progress.step):
-                self._report(progress.step, rates)
+                self._report(progress.step, rates, stream.counters)
             if self.eval_batches and evaluation_due(progress.step, config.eval_every_steps, config.max_steps):
                 progress.evaluation_due = True
                 stop = stop or self._evaluate(progress)
@@ -219,10 +219,10 @@ class _Run:
     def _wishes(self, step_s: float) -> dict[str, bool]:
         return self.stops.wishes(self.saver.write_s, step_s)
 
-    def _report(self, step: int, rates: dict[str, float]) -> None:
+    def _report(self, step: int, rates: dict[str, float], counters: dict[str, float]) -> None:
         shares = {f"goodput/{name}": share for name, share in self.goodput.shares().items()}
         figures = self._counters() | self.stragglers.report(step) | shares
-        self.monitor.write_step(step, rates, figures, self.goodput.line())
+        self.monitor.write_step(step, rates, figures, counters, self.goodput.line())
         self.goodput.write(step)
 
     def _evaluate(self, progress: Progress) -> Stop | None:

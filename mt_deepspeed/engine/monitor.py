@@ -103,14 +103,29 @@ class Monitor:
         """Whether the steps up to `step` (1-based) are to be written now."""
         return step % self.log_every == 0 or step >= self.max_steps
 
-    def write_step(self, step: int, rates: dict[str, float], extra: dict[str, float], note: str) -> None:
-        """Writes the window that ends with step `step` (1-based), `note` at the end of its line; call on all ranks."""
+    def write_step(
+        self,
+        step: int,
+        rates: dict[str, float],
+        extra: dict[str, float],
+        counters: dict[str, float],
+        note: str,
+    ) -> None:
+        """Writes the window that ends with step `step` (1-based); call on all ranks.
+
+        Args:
+            rates: Learning rates.
+            extra: Further values, equal on all ranks.
+            counters: Values that are added up over the ranks.
+            note: What stands at the end of the progress line.
+        """
         if self.steps == 0:
             return
         values = {f"train/{name}": value for name, value in reduce_report(self.report, self.device).items()}
-        sums = torch.tensor([self.samples, self.wait_s, self.busy_s], dtype=torch.float64, device=self.device)
+        own = [self.samples, self.wait_s, self.busy_s, *counters.values()]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        samples, wait_s, busy_s = sums.tolist()
+        samples, wait_s, busy_s, *counted = sums.tolist()
         ranks = dist.get_world_size()
         samples_per_s = samples / max(busy_s / ranks, 1e-9)
         peak = torch.tensor(memory_gib(self.device), dtype=torch.float64, device=self.device)
@@ -126,7 +141,7 @@ class Monitor:
         }
         flops = self.flops_per_sample() if self.flops_per_sample else None
         values |= throughput(samples_per_s, flops, self.precision, self.device, ranks)
-        values |= extra
+        values |= extra | dict(zip(counters, counted, strict=True))
         self.write(step, values)
         if self.lead:
             log.info("%s | %s", self.progress_line(step, values), note)

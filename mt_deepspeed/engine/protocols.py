@@ -22,6 +22,11 @@ class SampleStream(Protocol):
         """What the sample order follows from, fit for JSON: a checkpoint continues only on an equal one."""
         ...
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """What this rank has met since its start, the same names on all ranks; logged as sums over ranks."""
+        ...
+
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """Yields, for optimizer step `first_step` and all later ones, the rank's accumulation micro-batches."""
         ...

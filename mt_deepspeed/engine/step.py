@@ -109,7 +109,7 @@ class Stepper:
         values: list[Tensor] = []
         watch = Stopwatch(self.device)
         for micro, batch in enumerate(batches):
-            number = micro * self.ownership.world_size + self.ownership.rank
+            number = self.ownership.rank * len(batches) + micro
             alive(f"micro-batch {micro}")
             torch.manual_seed(derive_seed(self.seed, step, number))
             watch.start()
@@ -266,7 +266,7 @@ def norm_is_finite(norm: float) -> bool:
 
 
 def derive_seed(seed: int, step: int, number: int) -> int:
-    """Seed of dropout and noise for micro-batch `number` of a step, counted over accumulation and ranks.
+    """Seed of dropout and noise for micro-batch `number` of a step, counted over ranks and accumulation.
 
     The same micro-batch gets the same seed at any number of ranks, and resuming needs no stored state.
     """

@@ -164,7 +164,7 @@ def make_batch(positions: list[int], seed: int = 0) -> Batch:
 
 
 class ToyStream:
-    """Global batch g = positions [g * G, (g + 1) * G), cut into accumulation x ranks micro-batches."""
+    """Global batch g = positions [g * G, (g + 1) * G), cut into ranks x accumulation micro-batches."""
 
     def __init__(
         self, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int = 0
@@ -177,6 +177,10 @@ class ToyStream:
     def identity(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
+    @property
+    def counters(self) -> dict[str, float]:
+        return {"data/met": 1.0}
+
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         step = first_step
         while True:
@@ -184,7 +188,8 @@ class ToyStream:
             positions = list(range(start, start + self.global_batch))
             size = self.micro_batch
             chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
-            yield [self.batch(step, chunk) for chunk in chunks[self.rank :: self.world_size]]
+            share = len(chunks) // self.world_size
+            yield [self.batch(step, chunk) for chunk in chunks[self.rank * share : (self.rank + 1) * share]]
             step += 1
 
     def batch(self, step: int, positions: list[int]) -> Batch:

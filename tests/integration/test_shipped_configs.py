@@ -48,7 +48,8 @@ def settings(checkpointing: int) -> RunConfig:
 
 
 def micro_batches(step: int, place: Place) -> Iterator[dict[str, torch.Tensor]]:
-    for number in range(place.rank, GLOBAL // MICRO, place.world_size):
+    share = GLOBAL // MICRO // place.world_size
+    for number in range(place.rank * share, (place.rank + 1) * share):
         yield tiny_batch(seed=10 * step + number, rows=MICRO, false_images=2)
 
 

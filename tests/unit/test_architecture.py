@@ -43,7 +43,9 @@ ENTRY_MODULES = "mt_deepspeed"  # the modules directly in this package: they put
 MAY_NEED: dict[str, set[str]] = {
     "data_tools": {"numpy", "pyarrow", "PIL"},
     "mt_deepspeed.config": {"yaml"},
+    "mt_deepspeed.data.keyed": {"numpy"},
     "mt_deepspeed.data.order": {"numpy"},
+    "mt_deepspeed.data.shuffle": {"numpy"},
 }
 
 # Modules of mt_deepspeed.models that read weight files, and gather partitioned parameters for it (ZeRO-3).

@@ -65,6 +65,28 @@ class TestJpeg:
                 decode_image(damaged)
 
 
+def test_a_large_jpeg_is_decoded_smaller_where_asked() -> None:
+    x, y = np.meshgrid(np.linspace(0, 1, 640), np.linspace(0, 1, 480))
+    waves = np.stack([x, y, (np.sin(20 * x) + 1) / 2], -1) * 255
+    picture = Image.fromarray(waves.astype(np.uint8))
+    data = encoded(picture, "JPEG", quality=95)
+    for side, shape in (
+        (None, (480, 640)),
+        (300, (480, 640)),
+        (240, (240, 320)),
+        (61, (120, 160)),
+        (60, (60, 80)),
+    ):
+        pixels = decode_image(data, side)
+        assert pixels.shape == (3, *shape)
+        smaller = picture.resize(shape[::-1], Image.Resampling.BOX)
+        assert (pixels.float() - to_tensor(smaller).float()).abs().mean() < 1.5
+    with pytest.raises(ValueError, match="cannot decode"):
+        decode_image(data[: len(data) // 2], 60)
+    png = encoded(picture, "PNG")
+    assert torch.equal(decode_image(png, 60), decode_image(png))
+
+
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n1234"])
 def test_what_is_no_image_is_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="cannot decode image"):

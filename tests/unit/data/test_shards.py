@@ -1,5 +1,6 @@
 """Reading shard folders: every pair and image by number, and every fault of a folder named."""
 
+import contextlib
 import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.shard_format import CAPTION_SCHEMA, ShardFormatError, ShardInfo, read_manifest, write_manifest
+from mt_deepspeed.data import mapped_shard, shards
+from mt_deepspeed.data.mapped_shard import IMAGE_OFFSETS, LIST_OFFSETS, TEXT_OFFSETS
 from mt_deepspeed.data.shards import (
-    IMAGE_OFFSETS,
-    LIST_OFFSETS,
-    TEXT_OFFSETS,
     CaptionDataset,
     ShardReadError,
 )
@@ -265,3 +265,71 @@ def test_reading_everything_keeps_nothing(tmp_path: Path) -> None:
         total += int(dataset.image(dataset.pair(index).row).data.max()) + 200_000
     assert total == 160_000_000
     assert anonymous_bytes() - before < 10_000_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_altered_shards_are_told_or_read_but_never_crash(
+    changes: list[tuple[int, int]], altered: Path
+) -> None:
+    path = altered / "train-00000.arrow"
+    intact = path.read_bytes()
+    data = bytearray(intact)
+    for place, value in changes:
+        data[-1 - place % len(data)] = value  # from the end, where the structure is
+    path.write_bytes(data)
+    dataset = CaptionDataset(altered, ["train"])
+    with contextlib.suppress(ShardFormatError):
+        dataset.check()
+        dataset.caption_bytes(np.arange(dataset.num_pairs))
+        dataset.read_ahead(0, dataset.num_pairs)
+        for index in range(dataset.num_pairs):
+            with contextlib.suppress(ShardReadError):
+                dataset.image(dataset.pair(index).row)
+    path.write_bytes(intact)
+
+
+@pytest.fixture(scope="module")
+def altered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("altered") / "set", {"train": make_rows(9)})
+
+
+def test_only_so_many_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    dataset = CaptionDataset(folder, ["train"])
+    rows = make_rows(23)
+    for row in (0, 11, 22, 0, 12, 1, 21):
+        assert dataset.image(row).data.tobytes() == rows[row]["image"]
+        assert len(dataset._open) <= 2
+    kept = dataset.image(5).data
+    dataset.image(15), dataset.image(22)
+    assert kept.tobytes() == rows[5]["image"]
+
+
+def test_sizes_of_images_are_those_of_the_shard(folder: Path) -> None:
+    dataset = CaptionDataset(folder, ["train"])
+    for number, row in enumerate(make_rows(23)):
+        image = dataset.image(number)
+        assert (image.width, image.height) == (row["width"], row["height"])
+
+
+def test_read_ahead_covers_the_images_of_the_pairs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = CaptionDataset(folder, ["train", "val"])
+    asked: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        mapped_shard.MappedShard,
+        "read_ahead",
+        lambda self, first, last: asked.append((self.path.name, first, last)),
+    )
+    dataset.read_ahead(0, dataset.num_pairs)
+    texts = [sum(len(row["captions"]) for row in make_rows(23)[i : i + 10]) for i in (0, 10, 20)]
+    texts.append(sum(len(row["captions"]) for row in make_rows(5, seed=200)))
+    names = ["train-00000.arrow", "train-00001.arrow", "train-00002.arrow", "val-00000.arrow"]
+    assert asked == [(name, 0, count) for name, count in zip(names, texts, strict=True)]
+    asked.clear()
+    dataset.read_ahead(texts[0] - 2, texts[0] + 3)
+    assert asked == [(names[0], texts[0] - 2, texts[0]), (names[1], 0, 3)]
+    monkeypatch.undo()
+    dataset.read_ahead(0, dataset.num_pairs)
+    for first in range(dataset.num_pairs):
+        dataset.read_ahead(first, first + 1)

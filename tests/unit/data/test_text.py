@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mt_deepspeed.data.order import Purpose, keyed_generator
+from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.text import IGNORED, CaptionTokenizer, EncodedText, load_tokenizer, train_tokenizer
 
 VOCABULARY = 400

@@ -12,7 +12,7 @@ from torchvision import transforms as reference
 
 from mt_deepspeed.data.augment import rand_augment, random_augment
 from mt_deepspeed.data.images import to_picture, to_tensor
-from mt_deepspeed.data.order import Purpose, keyed_generator
+from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.transforms import CROP_RATIO, RECIPES, ImageTransform, crop_box
 
 SIZE = 32
@@ -140,6 +140,21 @@ def test_warps_fill_with_grey_or_black() -> None:
     assert (grey == 128).all(axis=1).any()
     assert not (grey == 0).all(axis=1).any()
     assert (black == 0).all(axis=1).any()
+
+
+def test_what_has_to_be_decoded() -> None:
+    """Evaluation sees whole pictures; training as much as its smallest crop needs."""
+    assert ImageTransform("clip", SIZE, train=False).smallest_side is None
+    assert ImageTransform("clip", SIZE, train=True).smallest_side == SIZE
+    assert ImageTransform("albef", SIZE, train=True).smallest_side == SIZE
+    assert ImageTransform("clip_randaug", SIZE, train=True).smallest_side is None
+    for name in ("albef_randaug", "blip_randaug_pretrain"):
+        side = ImageTransform(name, SIZE, train=True).smallest_side
+        assert side is not None
+        area = RECIPES[name].crop_area
+        assert area is not None
+        boxes = [crop_box(side, side, area, generator(i)) for i in range(300)]
+        assert min(min(height, width) for _, _, height, width in boxes) >= SIZE - 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 300), (300, 2)])
