@@ -1,6 +1,6 @@
 """Decoding and resizing one JPEG: the choices side by side, one thread, in images per second.
 
-    python benchmarks/decode.py [--images N] [--size S] [--repeats R] [FOLDER]
+    python -m benchmarks.decode [--images N] [--size S] [--repeats R] [--save] [FOLDER]
 
 Without FOLDER, N pictures of smooth noise in COCO's usual size (640 x 480) are made. All ways take turns over the
 same bytes in memory, R times; the table shows the median, its ratio to Pillow's way, and how far the pixels are
@@ -22,6 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from benchmarks.record import append
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.transforms import RECIPES, ImageTransform
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--size", type=int, default=288, help="pixels per side")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/decode.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -139,12 +141,26 @@ def main() -> None:
     way = ways(options.size)
     speed, gap = rates(way, files, options.repeats), distance(way, files)
     print(f"{'way':30} {'images/s':>9} {'ratio':>6}  {'max':>3} {'mean':>5}")
+    found = []
     for name, rate in speed.items():
+        ratio, levels = rate / speed["Pillow, bicubic"], gap.get(name, ("", ""))
+        found.append(
+            {
+                "side": options.size,
+                "way": name,
+                "images_per_s": f"{rate:.1f}",
+                "ratio_to_pillow": f"{ratio:.3f}",
+                "largest_difference": levels[0],
+                "mean_difference": levels[1],
+            }
+        )
         far = "{:>3} {:5.2f}".format(*gap[name]) if name in gap else ""
         print(f"{name:30} {rate:9.0f} {rate / speed['Pillow, bicubic']:6.2f}  {far}")
     print(f"\n{'transform, decoding included':30} {'images/s':>9}")
     for name, rate in transform_rates(files, options.size, options.repeats).items():
         print(f"{name:30} {rate:9.0f}")
+    if options.save:
+        print(append("decode", found))
 
 
 if __name__ == "__main__":

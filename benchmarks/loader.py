@@ -219,7 +219,7 @@ def webdataset_way(tar: Path, side: int, texts: Texts, picture: Callable[[bytes]
         data = data.decode("pil").to_tuple("jpg", "txt").map_tuple(pillow_transform(side), lambda text: text)
     else:
         data = data.to_tuple("jpg", "txt").map_tuple(picture, bytes.decode)
-    for some in data.batched(BATCH, collation_fn=None):
+    for some in data.batched(BATCH, collation_fn=None, partial=False):
         yield torch.stack([pixels for pixels, _ in some]), texts([caption for _, caption in some])
 
 
