@@ -65,27 +65,20 @@ def activation_bytes(config: RunConfig, checkpointing: int, text_len: int) -> Ac
     peaks = []
     for size in SIZES:
         batch = task.fake_batch(size, text_len)
-        labelled = num_labelled(batch)
         with mode:
             fake: dict[str, Tensor] = {key: mode.from_tensor(value) for key, value in batch.items()}
-            peaks.append(peak_bytes(task, fake, config.train.precision, labelled))
+            peaks.append(peak_bytes(task, fake, config.train.precision))
     slope = (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
     return ActivationBytes(peaks[0] - slope * SIZES[0], slope)
 
 
-def num_labelled(batch: dict[str, Tensor]) -> int:
-    """Tokens of a batch that the vocabulary head predicts."""
-    return int((batch["mlm_labels"] >= 0).sum()) if "mlm_labels" in batch else 0
-
-
-def peak_bytes(task: nn.Module, batch: dict[str, Tensor], precision: str, labelled: int) -> int:
+def peak_bytes(task: nn.Module, batch: dict[str, Tensor], precision: str) -> int:
     """Most bytes alive at once in a forward and backward pass, without parameters and their gradients.
 
     Args:
         task: On fake tensors (call it inside their mode then), or on real ones on the CPU.
         batch: Tensors of the same kind.
         precision: As `train.precision`.
-        labelled: What `num_labelled` said of the real batch: fake tensors do not know.
     """
     hooks = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -98,7 +91,7 @@ def peak_bytes(task: nn.Module, batch: dict[str, Tensor], precision: str, labell
     )
     # The managers' operator as on a GPU: by itself a CPU leaves the formula to autograd, which keeps more.
     operator = patch.dict(os.environ, {"MT_KERNELS": "reference"})
-    with operator, _LiveBytes(batch) as count, _AsOnGpu(dtype, labelled):
+    with operator, _LiveBytes(batch) as count, _AsOnGpu(dtype):
         with half:
             losses, report = task(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -171,10 +164,9 @@ class _LiveBytes(TorchDispatchMode):
 class _AsOnGpu(TorchFunctionMode):
     """Gives operators on CPU tensors the memory behaviour of their CUDA versions."""
 
-    def __init__(self, dtype: torch.dtype | None, labelled: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.dtype = dtype
-        self.labelled = labelled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -184,9 +176,6 @@ class _AsOnGpu(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is F.layer_norm:
             args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            # As many rows as are labelled: fake masks do not say where, or how many, their ones are.
-            return args[0].flatten(0, args[1].dim() - 1)[: self.labelled].clone()
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -125,9 +125,12 @@ class PretrainTask(nn.Module):
         }
         if self.has_mlm:
             labels_BL = torch.full_like(ids_BL, IGNORED)
-            masked = max(1, round(self.objectives.mlm_probability * text_len))
-            labels_BL[:, 1 : 1 + masked] = ids_BL[:, 1 : 1 + masked]
-            positions_M = (labels_BL.flatten() != IGNORED).nonzero()[:, 0]
+            masked = torch.arange(
+                1, min(text_len, 1 + max(1, round(self.objectives.mlm_probability * text_len)))
+            )
+            labels_BL[:, masked] = ids_BL[:, masked]
+            # Counted, not looked for: tensors without values, which a plan uses, have nothing to find.
+            positions_M = (torch.arange(samples)[:, None] * text_len + masked).flatten()
             batch |= {"mlm_ids": ids_BL.clone(), "mlm_labels": labels_BL, "mlm_positions": positions_M}
         if self.has_itm:
             index_B = torch.arange(samples)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mt_deepspeed.config import DataConfig, RunConfig, TrainConfig
-from mt_deepspeed.planning.activations import SIZES, activation_bytes, num_labelled, peak_bytes, recompute
+from mt_deepspeed.planning.activations import SIZES, activation_bytes, peak_bytes, recompute
 from mt_deepspeed.planning.states import plannable_task
 from tests.helpers.tiny_model import tiny_config
 
@@ -30,7 +30,7 @@ def test_fake_tensors_count_as_real_ones(precision: str, checkpointing: int) -> 
     line = activation_bytes(run, checkpointing, TEXT_LEN)
     for size, tolerance in ((SIZES[0], 0.0), (SIZES[1], 0.0), (2 * SIZES[1], 0.05)):
         batch = task.fake_batch(size, TEXT_LEN)
-        real = peak_bytes(task, batch, precision, num_labelled(batch))
+        real = peak_bytes(task, batch, precision)
         assert line.at(size) == pytest.approx(real, rel=tolerance), size
 
 
