@@ -13,7 +13,7 @@ from data_tools.fetch.failures import Failure, FailureList
 from data_tools.fetch.links import Link
 from data_tools.fetch.request import TRANSIENT, FetchError, Limits, download, host_of
 from data_tools.fetch.schedule import Politeness, run_in_order
-from data_tools.files import temporary_path, write_atomically
+from data_tools.files import write_atomically
 from data_tools.options import BadOption
 
 _MAX_WAIT = 60.0  # seconds between two tries, whatever a server asks for
@@ -161,13 +161,13 @@ def _fetch(link: Link, raw: Path, settings: Settings) -> Failure | None:
             time.sleep(min(_MAX_WAIT, max(error.wait, settings.backoff * 2**attempt)))
     path = raw / link.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{link.row}.tmp")  # a link that stands in two rows is fetched by two threads
     try:
         temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):  # no file can have such a name
             return Failure(link.row, link.url, "bad_url", str(error))
-        temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
     return None

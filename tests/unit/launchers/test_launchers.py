@@ -61,7 +61,12 @@ class Clone:
         executable(binaries / "scontrol", FAKE_SCONTROL)
         executable(binaries / "srun", FAKE_SRUN)
         self.pip_log = folder / "pip.log"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        # Neither a job around the tests nor the interpreter that launchers/test.sh hands on.
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("SLURM") and name != "PYTHON"
+        }
         self.environment = {**inherited, "VIRTUAL_ENV": str(folder / "env"), "PIP_LOG": str(self.pip_log)}
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
