@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
-from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.ds_config import load_ds_config
 from mt_deepspeed.engine.evaluate import evaluate_task
@@ -67,13 +67,13 @@ def blind(batch: Batch, way: str) -> Batch:
     return batch
 
 
-class BlindStream(PretrainStream):
+class BlindStream(TrainStream):
     """The stream of a run that does not see everything."""
 
     way = ""
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
-        """As `PretrainStream.steps`."""
+        """As `TrainStream.steps`."""
         for batches in super().steps(first_step):
             yield [blind(batch, self.way) for batch in batches]
 

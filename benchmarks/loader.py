@@ -54,7 +54,7 @@ from mt_deepspeed.config.model import ModelConfig, TextTowerConfig, VisionTowerC
 from mt_deepspeed.data.collate import pad
 from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
-from mt_deepspeed.data.pipeline import PretrainStream
+from mt_deepspeed.data.pipeline import TrainStream
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
 from mt_deepspeed.data.transforms import ImageTransform
 from mt_deepspeed.models.vision_tower import MEAN, STD
@@ -169,7 +169,7 @@ def pillow_transform(side: int) -> Callable[[Image.Image], Tensor]:
     return Compose([Resize(side, bicubic), CenterCrop(side), ToTensor(), Normalize(MEAN, STD)])
 
 
-def our_stream(root: Path, side: int, transform: str, itm: bool = False) -> PretrainStream:
+def our_stream(root: Path, side: int, transform: str, itm: bool = False) -> TrainStream:
     data = DataConfig(
         root=str(root),
         train=(DatasetConfig(path="shards"),),
@@ -186,7 +186,7 @@ def our_stream(root: Path, side: int, transform: str, itm: bool = False) -> Pret
     config = RunConfig(
         model=model, data=data, objectives=ObjectivesConfig(itm_weight=float(itm)), train=train
     )
-    return PretrainStream(config, 0, 1)
+    return TrainStream(config, 0, 1)
 
 
 def limit(rows: list[Row], side: int, transform: str) -> Batches:

@@ -102,9 +102,9 @@ def _backward_node(event: FunctionEvent) -> FunctionEvent | None:
 def steps_of(config: RunConfig, from_shards: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Micro-batches of every step."""
     if from_shards:
-        from mt_deepspeed.data.pipeline import PretrainStream
+        from mt_deepspeed.data.pipeline import TrainStream
 
-        yield from PretrainStream(config, 0, 1).steps(0)
+        yield from TrainStream(config, 0, 1).steps(0)
     size = config.train.micro_batch_size
     for step in itertools.count():
         yield [

@@ -41,7 +41,7 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
         dry: Only all checks, and two steps on invented samples; the data may be missing, and nothing is written.
     """
     # Imported here: `--print-config` and wrong settings should answer at once, torch and DeepSpeed take seconds.
-    from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+    from mt_deepspeed.data.pipeline import TrainStream, eval_batches
     from mt_deepspeed.data.shards import ShardReadError
     from mt_deepspeed.engine import launch
     from mt_deepspeed.engine.agreement import RanksFailedError, together
@@ -69,12 +69,12 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
     except launch.LaunchError as error:
         sys.exit(f"error: {error}")
 
-    def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], PretrainStream | None]:
+    def prepare() -> tuple[dict[str, Any], AbstractContextManager[object], TrainStream | None]:
         ds_config = load_ds_config(deepspeed_config)
         context = building(config, ds_config, place)
         check_start(config)
         has_data = not dry or data_is_there(config)
-        return ds_config, context, PretrainStream(config, place.rank, place.world_size) if has_data else None
+        return ds_config, context, TrainStream(config, place.rank, place.world_size) if has_data else None
 
     def initialise() -> None:
         try:

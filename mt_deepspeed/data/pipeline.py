@@ -41,7 +41,7 @@ EVALUATION_SEED = 0
 """Masks and negatives of evaluation are the same in every run, whatever its seed."""
 
 
-class PretrainStream:
+class TrainStream:
     """The training samples of one rank, from any step on, for ever.
 
     A step consumes `global_batch_size` positions of the stream, whose order is that of `order.SampleOrder`.

@@ -24,7 +24,7 @@ from data_tools.shard_format import (
 from mt_deepspeed.config.model import ModelConfig, TextTowerConfig, VisionTowerConfig
 from mt_deepspeed.config.run import DataConfig, DatasetConfig, ObjectivesConfig, RunConfig, TrainConfig
 from mt_deepspeed.data.collate import Batch
-from mt_deepspeed.data.pipeline import PretrainStream
+from mt_deepspeed.data.pipeline import TrainStream
 from mt_deepspeed.data.text import train_tokenizer
 
 VOCABULARY = 320
@@ -129,7 +129,7 @@ def take(
     config: RunConfig, first_step: int, steps: int, rank: int = 0, world_size: int = 1
 ) -> list[list[Batch]]:
     """The micro-batches of one rank in some steps."""
-    stream = PretrainStream(config, rank, world_size)
+    stream = TrainStream(config, rank, world_size)
     result = list(itertools.islice(stream.steps(first_step), steps))
     stream.close()
     return result

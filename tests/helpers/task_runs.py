@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mt_deepspeed.config import RunConfig, from_dict, to_dict
-from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.data.text import train_tokenizer
 from mt_deepspeed.engine.gather import gather_rows
 from mt_deepspeed.engine.launch import Place
@@ -115,7 +115,7 @@ def _merged(base: Any, update: Any) -> Any:
 def train_run(place: Place, config: RunConfig) -> dict[str, float]:
     """As `mt_deepspeed.train` does it inside its process group; returns the last metrics."""
     check_start(config)
-    stream = PretrainStream(config, place.rank, place.world_size)
+    stream = TrainStream(config, place.rank, place.world_size)
     task = build_task(config, Ranks(place.rank, gather_rows))
     if place.rank == 0 and stream.answers:
         keep_answers(Path(config.run_dir), stream.answers)

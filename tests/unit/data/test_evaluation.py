@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mt_deepspeed.config.run import DatasetConfig
-from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from tests.helpers.datasets import configuration, make_rows
 
 
@@ -46,7 +46,7 @@ def test_evaluation_takes_every_pair_once(root: Path, world_size: int, max_sampl
 
 
 def val_captions(root: Path) -> list[list[str]]:
-    stream = PretrainStream(configuration(root, train=(DatasetConfig(path="one", splits=("val",)),)), 0, 1)
+    stream = TrainStream(configuration(root, train=(DatasetConfig(path="one", splits=("val",)),)), 0, 1)
     by_row: dict[int, list[str]] = {}
     for index in range(stream.num_pairs):
         sample = stream._corpus.sample(index)

@@ -10,7 +10,7 @@ import pytest
 
 from mt_deepspeed.config.model import TextTowerConfig
 from mt_deepspeed.config.run import DatasetConfig
-from mt_deepspeed.data.pipeline import PretrainStream
+from mt_deepspeed.data.pipeline import TrainStream
 from mt_deepspeed.data.shards import ShardReadError
 from tests.helpers.datasets import VOCABULARY, configuration, make_rows, write_dataset
 
@@ -21,7 +21,7 @@ def test_unreadable_image_names_file_row_and_reason(root: Path, tmp_path: Path, 
     bad[7]["image"] = bad[7]["image"][:-40]
     write_dataset(tmp_path / "bad", {"train": bad}, rows_per_shard=5)
     config = configuration(root, train=(DatasetConfig(path=str(tmp_path / "bad")),), num_workers=num_workers)
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     with pytest.raises(
         ShardReadError, match=r"train-00001\.arrow: row 2: image 'picture-0-7\.jpg': cannot decode"
     ):
@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_faults_are_told_before_training(root: Path, name: str) -> None:
     changes, message = FAULTS[name]
     with pytest.raises(ValueError, match=message):
-        PretrainStream(configuration(root, **changes), 0, 1)
+        TrainStream(configuration(root, **changes), 0, 1)
 
 
 def test_tokenizer_and_model_must_fit(root: Path) -> None:
@@ -67,18 +67,18 @@ def test_tokenizer_and_model_must_fit(root: Path) -> None:
     ):
         other = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
         with pytest.raises(ValueError, match=message):
-            PretrainStream(other, 0, 1)
+            TrainStream(other, 0, 1)
 
 
 def test_one_image_gives_no_negatives(root: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "lonely", {"train": make_rows(1)})
     with pytest.raises(ValueError, match="at least two images"):
-        PretrainStream(configuration(root, train=(DatasetConfig(path=str(tmp_path / "lonely")),)), 0, 1)
+        TrainStream(configuration(root, train=(DatasetConfig(path=str(tmp_path / "lonely")),)), 0, 1)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_process_ends_the_run(root: Path) -> None:
-    stream = PretrainStream(configuration(root, num_workers=1, worker_kind="process"), 0, 1)
+    stream = TrainStream(configuration(root, num_workers=1, worker_kind="process"), 0, 1)
     steps = stream.steps(0)
     next(steps)
     (worker,) = multiprocessing.active_children()

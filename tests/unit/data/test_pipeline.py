@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mt_deepspeed.config.run import DatasetConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, MicroBatch
-from mt_deepspeed.data.pipeline import PretrainStream
+from mt_deepspeed.data.pipeline import TrainStream
 from tests.helpers.datasets import configuration, make_rows, take, write_dataset
 
 
@@ -87,7 +87,7 @@ def test_worker_processes_give_the_same_stream(root: Path) -> None:
 
 def test_an_epoch_holds_every_pair_once(root: Path) -> None:
     config = configuration(root, global_batch_size=8)
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     steps = stream.num_pairs // 8
     seen = np.concatenate([micro.pairs for step in range(steps) for micro in stream.plan(step)])
     assert len(set(seen)) == len(seen) == steps * 8
@@ -102,7 +102,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
         for caption in row["captions"]
     ]
     config = configuration(root, micro_batch_size=4)
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     for batch in itertools.chain(*itertools.islice(stream.steps(0), 4)):
         labels = batch["itm_labels"]
         false_images = int((labels == 0).sum())
@@ -130,7 +130,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
 
 
 def test_texts_of_like_length_meet(root: Path) -> None:
-    stream = PretrainStream(configuration(root, global_batch_size=32), 0, 1)
+    stream = TrainStream(configuration(root, global_batch_size=32), 0, 1)
     plans = [plan for step in range(5) for plan in stream.plan(step)]
     positions, pairs = (np.concatenate([getattr(p, name) for p in plans]) for name in ("positions", "pairs"))
     in_stream_order = stream._corpus.caption_bytes(pairs[np.argsort(positions)]).reshape(-1, 2)
@@ -142,7 +142,7 @@ def test_texts_of_like_length_meet(root: Path) -> None:
 
 def test_half_of_the_pairs_match_and_the_others_never_do(root: Path) -> None:
     config = configuration(root, seed=11, train_transform="albef")
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     corpus, maker = stream._corpus, stream._maker
     assert isinstance(maker, BatchMaker)
     shown = {
@@ -170,7 +170,7 @@ def test_half_of_the_pairs_match_and_the_others_never_do(root: Path) -> None:
 
 def test_in_batch_negatives_show_another_image(root: Path) -> None:
     config = configuration(root, itm_negatives="in_batch", micro_batch_size=8, global_batch_size=32)
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     for batch in itertools.chain(*itertools.islice(stream.steps(0), 3)):
         assert len(batch["pixels"]) == 8
         images = [stream._corpus.sample(i) for i in batch["sample_ids"].tolist()]
@@ -209,7 +209,7 @@ def test_seed_changes_order_masks_and_crops(root: Path) -> None:
 
 
 def test_a_pair_looks_different_at_each_position(root: Path) -> None:
-    stream = PretrainStream(configuration(root, itm_weight=0.0), 0, 1)
+    stream = TrainStream(configuration(root, itm_weight=0.0), 0, 1)
     same = np.zeros(12, dtype=np.int64)
     batch, _ = stream._maker(MicroBatch(np.arange(12), same, same, same))
     assert len(batch["text_ids"].unique(dim=0)) == 1

@@ -13,7 +13,7 @@ import torch
 from mt_deepspeed.config.run import DatasetConfig, RunConfig
 from mt_deepspeed.data import skipped
 from mt_deepspeed.data.collate import Batch
-from mt_deepspeed.data.pipeline import PretrainStream, eval_batches
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.data.shards import CaptionDataset, ShardReadError
 from tests.helpers.datasets import configuration, make_rows, write_dataset
 
@@ -38,8 +38,8 @@ def skipping(root: Path, damaged: Path, run_dir: Path, **changes: Any) -> RunCon
 
 def taken(
     config: RunConfig, rank: int = 0, world_size: int = 1, first: int = 0
-) -> tuple[list[Batch], PretrainStream]:
-    stream = PretrainStream(config, rank, world_size)
+) -> tuple[list[Batch], TrainStream]:
+    stream = TrainStream(config, rank, world_size)
     batches = list(itertools.chain(*itertools.islice(stream.steps(first), STEPS)))
     stream.close()
     return batches, stream
@@ -124,4 +124,4 @@ def test_clean_data_leave_no_list(root: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(configuration(root, on_bad_sample="skip"), run_dir=str(tmp_path))
     assert taken(config)[1].counters == {"data/skipped_samples": 0}
     assert not list(tmp_path.iterdir())
-    assert PretrainStream(configuration(root), 0, 1).counters == {}
+    assert TrainStream(configuration(root), 0, 1).counters == {}

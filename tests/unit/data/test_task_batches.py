@@ -13,7 +13,7 @@ from mt_deepspeed.data.collate import Batch
 from mt_deepspeed.data.corpus import Corpus
 from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.pipeline import (
-    PretrainStream,
+    TrainStream,
     eval_batches,
     eval_images,
     eval_sample_ids,
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training_batches(config: RunConfig, steps: int = 4) -> list[Batch]:
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     found = list(itertools.chain.from_iterable(itertools.islice(stream.steps(0), steps)))
     stream.close()
     return found
@@ -112,7 +112,7 @@ def test_false_texts_belong_to_other_images(root: Path) -> None:
     config = task_config(root, "retrieval", retrieval={"objective": "false_texts"})
     data = corpus(config)
     owners: dict[tuple[int, ...], int] = {}
-    stream = PretrainStream(config, 0, 1)
+    stream = TrainStream(config, 0, 1)
     for index in range(data.num_pairs):
         sample = data.sample(index)
         ids = stream._maker.maker.tokenizer.encode(sample.caption).ids  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def test_an_unknown_class_is_named(tmp_path: Path, root: Path) -> None:
 def test_data_without_answers_is_refused_before_training(tmp_path: Path, root: Path) -> None:
     test = vqa_rows(6, NUM_ANSWERS, answered=False)
     with pytest.raises(ValueError, match=r"data\.train: .*a question has no answers"):
-        PretrainStream(broken(tmp_path, root, "vqa", {"test": test}), 0, 1)
+        TrainStream(broken(tmp_path, root, "vqa", {"test": test}), 0, 1)
 
 
 def test_one_question_without_answers_is_named(tmp_path: Path, root: Path) -> None:
@@ -173,27 +173,27 @@ def test_one_question_without_answers_is_named(tmp_path: Path, root: Path) -> No
 def test_other_answer_vocabularies_are_refused(tmp_path: Path, root: Path) -> None:
     rows = {"train": vqa_rows(6, NUM_ANSWERS)}
     with pytest.raises(ValueError, match=r"6 answers, classifier\.num_answers is 7"):
-        PretrainStream(task_config(root, "vqa", classifier={"num_answers": 7}), 0, 1)
+        TrainStream(task_config(root, "vqa", classifier={"num_answers": 7}), 0, 1)
     config = broken(tmp_path, root, "vqa", rows, options={"answers": ANSWERS[::-1]})
     mixed = task_config(root, "vqa", data={"train": [{"path": "vqa"}, {"path": str(tmp_path / "broken")}]})
     assert config.data.train[0].path == str(tmp_path / "broken")
     with pytest.raises(ValueError, match=r"answer 0 is 'answer 5', but 'answer 0' in .*vqa"):
-        PretrainStream(mixed, 0, 1)
+        TrainStream(mixed, 0, 1)
     broken(tmp_path / "none", root, "vqa", rows, options={})
     nameless = task_config(root, "vqa", data={"train": [{"path": str(tmp_path / "none" / "broken")}]})
     with pytest.raises(ValueError, match="names no answers"):
-        PretrainStream(nameless, 0, 1)
+        TrainStream(nameless, 0, 1)
 
 
 def test_data_of_another_task_or_none_is_refused(tmp_path: Path, root: Path) -> None:
     wrong = task_config(root, "vqa", data={"train": [{"path": "nlvr2"}]})
     with pytest.raises(ValueError, match="task 'nlvr2', expected 'vqa'"):
-        PretrainStream(wrong, 0, 1)
+        TrainStream(wrong, 0, 1)
     empty = broken(tmp_path, root, "snli_ve", {"train": []})
     with pytest.raises(ValueError, match=r"splits \['train'\] hold no texts"):
-        PretrainStream(empty, 0, 1)
+        TrainStream(empty, 0, 1)
     with pytest.raises(ValueError, match="fewer than train"):
-        PretrainStream(task_config(root, "vqa", train={"global_batch_size": 600}), 0, 1)
+        TrainStream(task_config(root, "vqa", train={"global_batch_size": 600}), 0, 1)
 
 
 def test_an_image_that_fails_is_named(tmp_path: Path, root: Path) -> None:
