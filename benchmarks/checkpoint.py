@@ -8,21 +8,18 @@ long the training loop stands still. Medians over the rounds; ratios are backgro
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import CheckpointConfig, RunConfig, TrainConfig
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.build import build
@@ -129,37 +126,23 @@ def report(args: argparse.Namespace, place: launch.Place, rows: dict[str, list[t
         name: found["background"] / found["blocking"] for name, found in (("call", call), ("stall", stall))
     }
     print(f"ratio       call {ratio['call']:.3f}, stall {ratio['stall']:.3f}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    device = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "hardware": device,
-        "load": round(load, 1),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "ranks": place.world_size,
-        "zero_stage": args.stage,
-        "precision": args.precision,
-        "parameters": int(args.parameters),
-        "steps": args.steps,
-        "steps_s": round(plain, 3),
-        "blocking_call_s": round(call["blocking"], 4),
-        "background_call_s": round(call["background"], 4),
-        "blocking_stall_s": round(stall["blocking"], 4),
-        "background_stall_s": round(stall["background"], 4),
-        "command": "deepspeed --module benchmarks.checkpoint "
-        + " ".join(a for a in sys.argv[1:] if "local_rank" not in a),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(result))
-        if new:
-            writer.writeheader()
-        writer.writerow(result)
+    append(
+        args.out,
+        [
+            {
+                "ranks": place.world_size,
+                "zero_stage": args.stage,
+                "precision": args.precision,
+                "parameters": int(args.parameters),
+                "steps": args.steps,
+                "steps_s": round(plain, 3),
+                "blocking_call_s": round(call["blocking"], 4),
+                "background_call_s": round(call["background"], 4),
+                "blocking_stall_s": round(stall["blocking"], 4),
+                "background_stall_s": round(stall["background"], 4),
+            }
+        ],
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -175,7 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--folder", help="where to write checkpoints; default: the temporary folder")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "checkpoint.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.csv")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

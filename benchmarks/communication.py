@@ -1,23 +1,18 @@
 """Bytes a step exchanges: DeepSpeed's comms logger beside the formula of `planning.communication`.
 
-    python -m torch.distributed.run --nproc-per-node 2 benchmarks/communication.py [--csv FILE]
+    deepspeed --num_gpus 2 --module benchmarks.communication [--save]
 
 Trains one step of the quickstart's model on invented samples at every ZeRO stage, with 1 and 2 micro-batches, and
 adds up the tensors the collectives worked on. No times: bytes do not depend on the machine.
 """
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.build import build
@@ -45,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--csv", type=Path, help="append rows to this file")
+    parser.add_argument("--save", action="store_true", help="append rows to benchmarks/results")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     place = launch.init()
     rows = []
@@ -71,7 +67,7 @@ def main() -> None:
             formula = step_traffic(size, ds_config, place.world_size, accumulation)
             rows.append((stage, accumulation, logged, formula))
     if place.rank == 0:
-        report(rows, place.world_size, args.csv)
+        report(rows, place.world_size, args.save)
     launch.shutdown()
 
 
@@ -98,43 +94,21 @@ def measure(config: RunConfig, ds_config: dict[str, Any], place: launch.Place, a
     return Traffic(**sums)
 
 
-def report(rows: list[tuple[int, int, Traffic, Traffic]], ranks: int, file: Path | None) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+def report(rows: list[tuple[int, int, Traffic, Traffic]], ranks: int, save: bool) -> None:
+    """Prints the table; with `save` appends a row per line of it."""
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
     print(f"{ranks} ranks, bytes of one step: logged / formula")
     print("stage  accumulation  all-reduce               all-gather               reduce-scatter")
-    lines = []
+    lines: list[dict[str, int]] = []
     for stage, accumulation, logged, formula in rows:
-        cells = [
-            f"{getattr(logged, key):>11,} / {getattr(formula, key):>11,}"
-            for key in ("all_reduce", "all_gather", "reduce_scatter")
-        ]
+        cells = [f"{getattr(logged, kind):>11,} / {getattr(formula, kind):>11,}" for kind in kinds]
         print(f"{stage:>5}  {accumulation:>12}  {'  '.join(cells)}")
-        lines.append(
-            [
-                datetime.date.today().isoformat(),
-                commit,
-                platform.processor() or platform.machine(),
-                torch.__version__,
-                deepspeed.__version__,
-                ranks,
-                stage,
-                accumulation,
-                *(value for key in vars(logged) for value in (getattr(logged, key), getattr(formula, key))),
-            ]
-        )
-    if file is not None:
-        new = not file.exists()
-        with file.open("a", newline="") as out:
-            writer = csv.writer(out)
-            if new:
-                head = ["date", "commit", "hardware", "torch", "deepspeed", "ranks", "stage", "accumulation"]
-                kinds = ("all_reduce", "all_gather", "reduce_scatter")
-                writer.writerow(
-                    [*head, *(f"{kind}_{what}" for kind in kinds for what in ("logged", "formula"))]
-                )
-            writer.writerows(lines)
+        line = {"ranks": ranks, "stage": stage, "accumulation": accumulation}
+        for kind in kinds:
+            line |= {f"{kind}_logged": getattr(logged, kind), f"{kind}_formula": getattr(formula, kind)}
+        lines.append(line)
+    if save:
+        append(RESULTS / "communication.csv", lines)
 
 
 if __name__ == "__main__":

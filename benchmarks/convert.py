@@ -1,8 +1,8 @@
 """Converting: speed beside a bare decode loop and beside one process with its table in memory, memory, resizing.
 
-    python benchmarks/convert.py speed  [--images N] [--workers 1 2] [--repeats R]
-    python benchmarks/convert.py memory [--sizes 1000 10000 100000]
-    python benchmarks/convert.py resize [--photos FOLDER]
+    python -m benchmarks.convert speed  [--images N] [--workers 1 2] [--repeats R]
+    python -m benchmarks.convert memory [--sizes 1000 10000 100000]
+    python -m benchmarks.convert resize [--photos FOLDER]
 
 Pictures are made: 300 different JPEGs of 500 x 375, hard-linked to as many names as asked for, in CC3M's layout.
 Every way runs in a process of its own; the ways take turns, `--repeats` times, and the table shows medians and the
@@ -11,13 +11,10 @@ wall's. Rows go to benchmarks/results/convert.csv.
 """
 
 import argparse
-import csv
-import datetime
 import io
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import shutil
@@ -30,17 +27,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pyarrow as pa
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.record import RESULTS, append
+from data_tools.images import check_image, decode_rgb
+from data_tools.resize import Resize, resized
 
-from data_tools.images import check_image, decode_rgb  # noqa: E402
-from data_tools.resize import Resize, resized  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "convert.csv"
 DISTINCT = 300
 TSV = "Train_GCC-training.tsv"
 
@@ -151,7 +144,7 @@ def run_one(name: str, raw: Path, workers: int) -> dict[str, float]:
 
 def run(name: str, raw: Path, workers: int) -> dict[str, float]:
     """Runs a way in a process of its own."""
-    command = [sys.executable, __file__, "one", name, str(raw), str(workers)]
+    command = [sys.executable, "-m", "benchmarks.convert", "one", name, str(raw), str(workers)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -269,27 +262,9 @@ def resize(
 
 def write_rows(rows: list[dict[str, object]]) -> None:
     """Prints a table and appends to the csv file."""
-    load = os.getloadavg()[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores {platform.machine()}",
-        "load": f"{load:.1f}",
-        "versions": f"Python {platform.python_version()}, Pillow {PIL.__version__}, pyarrow {pa.__version__}",
-        "command": " ".join(["benchmarks/convert.py", *sys.argv[1:]]),
-    }
-    print(json.dumps(about))
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([*about, "results"])
-        for row in rows:
-            writer.writerow([*about.values(), json.dumps(row)])
+    append(RESULTS / "convert.csv", [{"results": json.dumps(row)} for row in rows])
 
 
 def main() -> None:

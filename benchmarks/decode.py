@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks.record import append
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.transforms import RECIPES, ImageTransform
@@ -160,7 +160,7 @@ def main() -> None:
     for name, rate in transform_rates(files, options.size, options.repeats).items():
         print(f"{name:30} {rate:9.0f}")
     if options.save:
-        print(append("decode", found))
+        append(RESULTS / "decode.csv", found)
 
 
 if __name__ == "__main__":

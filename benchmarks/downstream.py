@@ -1,6 +1,6 @@
 """Fine-tunes every task on the synthetic world: from a pre-trained model, from scratch, and blind.
 
-    python benchmarks/downstream.py --shards DIR --pretrained quickstart/model-short-seed0 \
+    python -m benchmarks.downstream --shards DIR --pretrained quickstart/model-short-seed0 \
         [--tasks vqa snli-ve nlvr2 retrieval] [--seeds 0 1 2] [--ways pretrained scratch text_only image_only]
 
 DIR holds the shards `vqav2`, `snli_ve`, `nlvr2` and `flickr30k` (docs/tasks.md says how to make them) and the
@@ -13,24 +13,18 @@ Prints a table of means and spreads over the seeds, and appends a row per run to
 """
 
 import argparse
-import csv
 import dataclasses
-import datetime
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.engine import launch
@@ -49,7 +43,6 @@ from mt_deepspeed.tasks import Ranks, build_task
 Batch = dict[str, Tensor]
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "downstream.csv"
 TESTED = {"vqa": "val", "snli-ve": "test", "nlvr2": "test1", "retrieval": "test"}
 METRIC = {"vqa": "vqa_score", "snli-ve": "accuracy", "nlvr2": "accuracy", "retrieval": "r_mean"}
 WAYS = ("pretrained", "scratch", "text_only", "image_only")
@@ -164,29 +157,6 @@ def table(found: dict[tuple[str, str], list[float]], chances: dict[str, float], 
     return "\n".join(lines)
 
 
-def append(row: dict[str, Any]) -> None:
-    """Adds a row to the results, with what it was measured on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    row = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        **row,
-        "hardware": f"{os.cpu_count()} x {platform.machine()}",
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "command": " ".join(sys.argv),
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -211,16 +181,8 @@ def main() -> None:
                 found[task, way].append(value)
                 figures = {METRIC[task]: round(value, 4), "seconds": round(seconds, 1)}
                 print(task, way, seed, figures, flush=True)
-                append(
-                    {
-                        "task": task,
-                        "way": way,
-                        "seed": seed,
-                        "metric": METRIC[task],
-                        "value": value,
-                        "seconds": round(seconds, 1),
-                    }
-                )
+                row = {"task": task, "way": way, "seed": seed, "metric": METRIC[task], "value": value}
+                append(RESULTS / "downstream.csv", [row | {"seconds": round(seconds, 1)}])
     print(table(found, chances, list(args.ways)))
     launch.shutdown()
 

@@ -59,11 +59,11 @@ step about 60 bash -c about
 step registers 200 "$python" -m mt_deepspeed.kernels.manager_aggregation.build --output /tmp/registers.so --arch 90
 step build 200 "$python" -c "$build"
 step tests 200 "$python" "${tests[@]}" -k "not sanitizer"
-step benchmark 240 "$python" benchmarks/manager_aggregation.py --seconds 0.1 --rounds 2 \
+step benchmark 240 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 \
     --results "$output/manager_aggregation.csv"
-step benchmark_fp32 60 "$python" benchmarks/manager_aggregation.py --seconds 0.1 --rounds 2 --dtype float32 \
+step benchmark_fp32 60 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 --dtype float32 \
     --shapes 64,325,768 --results "$output/manager_aggregation.csv"
-step profile 90 "$python" benchmarks/manager_aggregation.py --ways eager triton cuda --profile "$output/kernels.txt"
+step profile 90 "$python" -m benchmarks.manager_aggregation --ways eager triton cuda --profile "$output/kernels.txt"
 step sanitizer 300 "$python" "${tests[@]}" -k sanitizer
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from benchmarks.record import append
+from benchmarks.record import RESULTS, append
 from data_tools.shard_format import (
     CAPTION_SCHEMA,
     ROWS_PER_BATCH,
@@ -385,7 +385,7 @@ def report(
     total = sum(spent.values())
     print("ours, by part: " + ", ".join(f"{n} {ms:.2f} ms ({ms / total:.0%})" for n, ms in spent.items()))
     if options.save:
-        print(append("loader", found))
+        append(RESULTS / "loader.csv", found)
 
 
 if __name__ == "__main__":

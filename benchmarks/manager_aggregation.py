@@ -1,6 +1,6 @@
 """Manager aggregation: time and memory of each backend beside plain PyTorch, and the floor that memory sets.
 
-    PYTHONPATH=. python benchmarks/manager_aggregation.py [--device cuda] [--dtype bfloat16] [--seconds S]
+    python -m benchmarks.manager_aggregation [--device cuda] [--dtype bfloat16] [--seconds S]
         [--results FILE] [--shapes B,L,D ...] [--ways NAME ...] [--profile FILE]
 
 For each shape all ways take turns in one process, several rounds; times are medians of a call's time. Ways:
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import Row, append, context, measured
 from torch import Tensor
 
+from benchmarks.record import RESULTS, append, measured, surroundings
 from mt_deepspeed.kernels.manager_aggregation import Philox, expert_statistics, manager_aggregation
 from mt_deepspeed.kernels.manager_aggregation.dispatch import BACKENDS
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
@@ -42,6 +42,7 @@ CPU_SHAPES = [(8, 50, 768), (8, 325, 768), (8, 577, 1024)]
 COMPILED_BATCH = {"cuda": 64, "cpu": 8}  # compiling each shape would take longer than measuring it
 KINDS = ["static", "adaptive"]
 
+Row = dict[str, Any]
 Way = Callable[[dict[str, Any], Tensor | None], Tensor]
 
 
@@ -232,12 +233,6 @@ def floors(shape: tuple[int, int, int], dtype: torch.dtype, bandwidth: float) ->
 
 
 COLUMNS = [
-    "date",
-    "commit",
-    "hardware",
-    "load",
-    "versions",
-    "command",
     "dtype",
     "shape",
     "kind",
@@ -258,7 +253,7 @@ IDENTITY = ("commit", "hardware", "dtype", "shape", "kind", "way")
 
 def report(path: Path, rows: list[Row]) -> None:
     """Appends rows to the file and prints them."""
-    append(path, COLUMNS, rows)
+    append(path, [{name: row.get(name, "") for name in COLUMNS} for row in rows])
     for row in rows:
         if row["note"]:
             print(f"  {row['way']:<10} {row['note']}")
@@ -301,7 +296,7 @@ def parse() -> Any:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", help="B,L,D")
     parser.add_argument("--ways", nargs="+")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/manager_aggregation.csv"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "manager_aggregation.csv")
     parser.add_argument("--profile", type=Path, help="only write a profile to this file")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
@@ -321,7 +316,7 @@ def main() -> None:
     if options.profile:
         profile(ways, options, options.profile)
         return
-    about = {**context(options.device), "dtype": options.dtype}
+    about = surroundings()
     done = measured(options.results, IDENTITY)
     bandwidth = copy_bandwidth(options.device)
     print(f"{about['hardware']}, {about['versions']}, load {about['load']}: copy {bandwidth / 1e9:.0f} GB/s")
@@ -337,11 +332,16 @@ def main() -> None:
             if "compiled" in names and (options.shapes or shape[0] == COMPILED_BATCH[options.device]):
                 torch._dynamo.reset()
                 here["compiled"] = torch.compile(eager, dynamic=False)
-            common = {**about, "shape": text, "kind": kind, "copy_gb_s": f"{bandwidth / 1e9:.1f}"}
+            common = {
+                "dtype": options.dtype,
+                "shape": text,
+                "kind": kind,
+                "copy_gb_s": f"{bandwidth / 1e9:.1f}",
+            }
             here = {
                 name: way
                 for name, way in here.items()
-                if tuple(str({**common, "way": name}[key]) for key in IDENTITY) not in done
+                if tuple(str({**about, **common, "way": name}[key]) for key in IDENTITY) not in done
             }
             if not here:
                 continue

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.record import append
+from benchmarks.record import RESULTS, append
 from data_tools.shard_format import (
     CAPTION_SCHEMA,
     ROWS_PER_BATCH,
@@ -160,7 +160,7 @@ def main() -> None:
         return
     rows = index(options.pairs) if options.what == "index" else shuffle()
     if options.save:
-        print(append(f"read_{options.what}", rows))
+        append(RESULTS / f"read_{options.what}.csv", rows)
 
 
 if __name__ == "__main__":

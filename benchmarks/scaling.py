@@ -1,6 +1,6 @@
 """Predicts step time, efficiency, data rate and failures from 8 to 1,024 GPUs, and draws docs/images/scaling-*.png.
 
-    python benchmarks/scaling.py [--gpu h200] [--mfu 0.35] [--inside 450] [--between 400 50 12.5] [--csv FILE]
+    python -m benchmarks.scaling [--gpu h200] [--mfu 0.35] [--inside 450] [--between 400 50 12.5] [--save]
 
 Nothing here is measured. Counted on the real models: parameters, FLOPs, bytes that the ranks exchange. Assumed, and
 printed: the share of the GPU's peak that is reached, the links, how much communication hides behind the backward
@@ -8,13 +8,11 @@ pass, bytes per picture, and how often a GPU fails.
 """
 
 import argparse
-import csv
-import datetime
 import math
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.gpus import GPUS
 from mt_deepspeed.planning.communication import Network, step_traffic
@@ -144,7 +142,7 @@ def main() -> None:
         help="GB/s each way between nodes, all cards of a node together; plots and table are for the first",
     )
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--csv", type=Path, help="append the table to this file")
+    parser.add_argument("--save", action="store_true", help="append the table to benchmarks/results")
     args = parser.parse_args()
     found: dict[float, list[Point]] = {speed: [] for speed in args.between}
     for name, (preset, changes, stage, most) in MODELS.items():
@@ -161,9 +159,11 @@ def main() -> None:
     print_table(best)
     print_efficiency(found)
     draw(best, args.images, f"{args.gpu}, {args.mfu:.0%} of its peak, {args.between[0]:g} GB/s between nodes")
-    if args.csv:
+    if args.save:
         for speed, points in found.items():
-            write_csv(points, args.csv, f"gpu={args.gpu} mfu={args.mfu} inside={args.inside} between={speed}")
+            assumed = f"gpu={args.gpu} mfu={args.mfu} inside={args.inside} between={speed}"
+            rows = [{"kind": "predicted", "assumed": assumed, **asdict(point)} for point in points]
+            append(RESULTS / "scaling.csv", rows)
 
 
 def print_table(points: list[Point]) -> None:
@@ -219,20 +219,6 @@ def draw(points: list[Point], folder: Path, what: str) -> None:
         figure.tight_layout()
         figure.savefig(folder / f"scaling-{name}.png")
         pyplot.close(figure)
-
-
-def write_csv(points: list[Point], file: Path, told: str) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    head = {"date": datetime.date.today().isoformat(), "commit": commit, "kind": "predicted", "assumed": told}
-    new = not file.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as out:
-        writer = csv.DictWriter(out, [*head, *asdict(points[0])])
-        if new:
-            writer.writeheader()
-        writer.writerows({**head, **asdict(point)} for point in points)
 
 
 if __name__ == "__main__":

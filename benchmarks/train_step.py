@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.batches import make_batch
-from benchmarks.record import append
+from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import to_device
@@ -301,7 +301,7 @@ def main() -> None:
         for one in rows:
             print(" ".join(f"{key} {value}" for key, value in one.items()))
         if not options.dry:
-            append("train_step", rows)
+            append(RESULTS / "train_step.csv", rows)
     launch.shutdown()
 
 
