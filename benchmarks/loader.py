@@ -39,6 +39,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+from benchmarks.convert import made_picture
 from benchmarks.record import RESULTS, append
 from data_tools.shard_format import (
     CAPTION_SCHEMA,
@@ -85,12 +86,8 @@ def made_rows(count: int, width: int, height: int) -> list[Row]:
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
-        coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-        pixels = smooth + rng.normal(0, 6, smooth.shape)
-        file = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        rows.append(row(file.getvalue(), " ".join(rng.choice(WORDS, rng.integers(6, 16))), i))
+        data = made_picture(rng, width, height)
+        rows.append(row(data, " ".join(rng.choice(WORDS, rng.integers(6, 16))), i))
     return rows
 
 
