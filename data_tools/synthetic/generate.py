@@ -17,7 +17,7 @@ from data_tools.synthetic.layouts import LAYOUTS
 from data_tools.synthetic.lexicon import visual_words
 from data_tools.synthetic.world import MIN_IMAGE_SIZE, Scene, render, sample_scene
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Raised when the same options give other bytes than before."""
 
 JPEG_QUALITY = 95

@@ -1,13 +1,14 @@
 """Questions, statements and sentence pairs about scenes, with their true answers.
 
-Yes and no, true and false, and the three relations of sentences are drawn equally often, and colours, shapes
-and counts as the scenes have them, so that a text alone says little about its answer.
+Yes and no are drawn equally often, colours, shapes and counts as the scenes have them, and statements of every
+form are as often true as false, so that a text alone says little about its answer. Of the three relations of
+sentences the form of a text tells two apart at most: blind to the picture, two in three can be right.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-from data_tools.synthetic.captions import noun_phrase, write_captions
+from data_tools.synthetic.captions import write_captions
 from data_tools.synthetic.draw import Draw
 from data_tools.synthetic.lexicon import COLOURS, COUNTS, OPPOSITE, SHAPES, SIZES, TEXTURES
 from data_tools.synthetic.world import Group, Scene, relation
@@ -117,15 +118,20 @@ def _another(words: tuple[str, ...], word: str, draw: Draw) -> str:
 
 
 def state(left: Scene, right: Scene, draw: Draw, count: int) -> list[tuple[str, bool]]:
-    """`count` different statements about a pair of pictures and whether they are true, half of them as drawn."""
+    """`count` different statements about a pair of pictures and whether they are true.
+
+    A form is used where the pair allows both a true and a false statement of it, one of which is drawn.
+    """
     found: dict[str, bool] = {}
     while len(found) < count:
-        wanted = draw.chance(0.5)
-        for _ in range(20):  # most statements can be had true and false
-            text, true = draw.choice((_side, _both, _one, _more))(left, right, draw)
-            if true == wanted:
-                break
-        found.setdefault(text, true)
+        form = draw.choice((_side, _both, _one, _more))
+        statements: dict[bool, str] = {}
+        for _ in range(8):
+            text, true = form(left, right, draw)
+            statements.setdefault(true, text)
+        if len(statements) == 2:
+            true = draw.chance(0.5)
+            found.setdefault(statements[true], true)
     return list(found.items())
 
 
@@ -165,7 +171,7 @@ def _more(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     return f"There are more shapes in the {side} image than in the {other} image.", true
 
 
-# Sentence pairs: what a caption of the picture entails, contradicts, or leaves open.
+# Sentence pairs: what a picture entails, contradicts, or leaves open.
 
 _OPEN = (
     "someone likes the {} best",
@@ -176,15 +182,25 @@ _OPEN = (
 
 
 def relate(scene: Scene, draw: Draw) -> list[tuple[str, str, str]]:
-    """(premise, hypothesis, label), one of each label."""
-    premise, true = write_captions(scene, draw, 2)
+    """(premise, hypothesis, label), one of each label.
+
+    A hypothesis describes a group, or says of it what no picture shows. Of a group that is there the former is
+    entailed and the latter open; of one that is not, here of another colour, either is a contradiction.
+    """
+    (premise,) = write_captions(scene, draw, 1)
     group = draw.choice(scene.groups)
     false = dataclasses.replace(group, colour=_another(tuple(COLOURS), group.colour, draw))
-    there = "is" if group.count == 1 else "are"
-    plain = f"{group.colour} {group.shape if group.count == 1 else SHAPES[group.shape]}"
-    told = true if draw.chance(0.5) else f"there {there} {noun_phrase(group, draw)} in the picture"
     return [
-        (premise, told, "entailment"),
-        (premise, f"there {there} {noun_phrase(false, draw)} in the picture", "contradiction"),
-        (premise, draw.choice(_OPEN).format(plain), "neutral"),
+        (premise, _described(group, draw), "entailment"),
+        (premise, draw.choice((_described, _open))(false, draw), "contradiction"),
+        (premise, _open(group, draw), "neutral"),
     ]
+
+
+def _described(group: Group, draw: Draw) -> str:
+    return write_captions(Scene((group,), background=0), draw, 1)[0]
+
+
+def _open(group: Group, draw: Draw) -> str:
+    shape = group.shape if group.count == 1 else SHAPES[group.shape]
+    return draw.choice(_OPEN).format(f"{group.colour} {shape}")

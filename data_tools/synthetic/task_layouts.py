@@ -64,11 +64,17 @@ def _vqa_describe(index: int, scenes: Sequence[Scene], draw: Draw, image_size: i
                     {"answer": answer, "answer_confidence": "yes", "answer_id": i + 1}
                     for i, answer in enumerate(people)
                 ],
-                "answer_type": "yes/no" if question.answer in ("yes", "no") else "other",
+                "answer_type": _answer_type(question.answer),
                 **name,
             }
         )
     return {"index": index, "questions": questions, "annotations": annotations}
+
+
+def _answer_type(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer.isdecimal() else "other"
 
 
 def _vqa_write(folder: Path, records: Iterable[Record]) -> None:

@@ -4,7 +4,7 @@ Letters: B samples of the micro-batch, F false images, S pixels per side, L toke
 
 | key | shape, type | meaning |
 |---|---|---|
-| pixels | [B + F, 3, S, S] uint8 | the images of the samples, then the false images |
+| pixels | [B + F, 3, S, S] uint8 | the images of the samples, then the false images; or B first, then B second ones |
 | text_ids, text_mask | [B, L] int64 | token ids; 1 token, 0 padding |
 | mlm_ids, mlm_labels | [B, L] int64 | masked ids; true id where masked, -100 elsewhere (MLM on) |
 | mlm_positions | [M] int64 | where labels are, in the flattened [B * L]; found here, as a GPU would stall (MLM on) |
@@ -73,6 +73,7 @@ class BatchMaker:
         mlm_probability: Chance of a word, or token, to be masked; None: no MLM.
         whole_words: Mask whole words.
         negatives: Where images that do not match come from; None: no ITM.
+        num_images: Images of a pair: 1, or 2 (without ITM).
         skip_bad: Put another pair in the place of one that cannot be read, and tell.
     """
 
@@ -84,6 +85,7 @@ class BatchMaker:
     mlm_probability: float | None
     whole_words: bool
     negatives: Negatives | None
+    num_images: int
     skip_bad: bool
 
     def __call__(self, plan: MicroBatch) -> Made:
@@ -97,15 +99,15 @@ class BatchMaker:
         false = np.flatnonzero(labels_B == 0).tolist() if self.negatives == "dataset" else []
         index_B[false] = len(positions) + np.arange(len(false))
         # Every picture is put straight into its place.
-        pixels = torch.empty(
-            len(positions) + len(false), 3, self.transform.size, self.transform.size, dtype=torch.uint8
-        )
+        count, size = len(positions), self.transform.size
+        pixels = torch.empty(self.num_images * count + len(false), 3, size, size, dtype=torch.uint8)
+        true_pixels, false_pixels = pixels[: self.num_images * count], pixels[self.num_images * count :]
         samples = [
-            self._read(position, pair, Purpose.IMAGE, None, out, skipped)
-            for position, pair, out in zip(positions, plan.pairs.tolist(), pixels, strict=False)
+            self._read(position, pair, Purpose.IMAGE, None, true_pixels[i::count], skipped)
+            for i, (position, pair) in enumerate(zip(positions, plan.pairs.tolist(), strict=True))
         ]
-        for i, out in zip(false, pixels[len(positions) :], strict=True):
-            self._read(positions[i], int(plan.others[i]), Purpose.FALSE_IMAGE, samples[i], out, skipped)
+        for i, out in zip(false, false_pixels, strict=True):
+            self._read(positions[i], int(plan.others[i]), Purpose.FALSE_IMAGE, samples[i], out[None], skipped)
         texts = [self.tokenizer.encode(sample.caption) for sample in samples]
         batch = {"pixels": pixels, **self._text_tensors(texts, positions)}
         if self.negatives == "in_batch":
@@ -124,7 +126,7 @@ class BatchMaker:
         out: Tensor,
         skipped: list[Skipped],
     ) -> Sample:
-        """Reads a pair and puts its picture, or the next one if it is that of `apart_from`, into `out`."""
+        """Reads a pair and puts its images, or the next pair's if they are those of `apart_from`, into `out`."""
         fault: ShardReadError | None = None
         for candidate in self._candidates(position, pair, purpose):
             try:
@@ -132,8 +134,11 @@ class BatchMaker:
                 if apart_from is not None and sample.row == apart_from.row:
                     rows = self.corpus.datasets[sample.dataset].num_rows
                     sample = replace(sample, row=(sample.row + 1) % rows)
-                generator = keyed_generator(self.seed, position, purpose)
-                out.copy_(self.picture(sample.dataset, sample.row, generator))
+                for number, own in enumerate(out):
+                    generator = keyed_generator(
+                        self.seed, position, Purpose.SECOND_IMAGE if number else purpose
+                    )
+                    own.copy_(self.picture(sample.dataset, sample.row, generator, number))
             except ShardReadError as error:
                 if not self.skip_bad:
                     raise

@@ -266,6 +266,7 @@ def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> t
         mlm_probability=objectives.mlm_probability if pretraining and objectives.mlm_weight > 0 else None,
         whole_words=objectives.whole_word_masking,
         negatives=negatives,
+        num_images=2 if config.task == "nlvr2" else 1,
         skip_bad=training and data.on_bad_sample == "skip",
     )
     if pretraining:

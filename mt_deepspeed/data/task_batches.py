@@ -65,9 +65,9 @@ class TaskBatchMaker:
         """
         batch, skipped = self.maker(plan)
         plan = replace(plan, pairs=batch["sample_ids"].numpy())  # with those that took a skipped one's place
-        return batch | self._notes(plan, batch["pixels"]), skipped
+        return batch | self._notes(plan), skipped
 
-    def _notes(self, plan: MicroBatch, pixels: Tensor) -> Batch:
+    def _notes(self, plan: MicroBatch) -> Batch:
         """The keys of the task."""
         corpus = self.maker.corpus
         samples = [corpus.sample(index) for index in plan.pairs.tolist()]
@@ -77,12 +77,7 @@ class TaskBatchMaker:
         if task == "retrieval":
             return batch | self._retrieval(plan, samples)
         notes = [corpus.annotations(index) for index in plan.pairs.tolist()]
-        if task == "vqa":
-            return batch | self._answers(samples, notes)
-        batch["labels"] = self._labels(samples, notes)
-        if task == "nlvr2":
-            batch["pixels"] = torch.cat([pixels, self._second_images(plan, samples)])
-        return batch
+        return batch | (self._answers if task == "vqa" else self._labels)(samples, notes)
 
     def texts(self, samples_K: NDArray[np.int64]) -> Batch:
         """Texts [K] without their images."""
@@ -123,22 +118,14 @@ class TaskBatchMaker:
         ids = torch.tensor([note["question_ids"] for note in notes], dtype=torch.int64)
         return {"answer_scores": scores_BA, "question_ids": ids}
 
-    def _labels(self, samples: Sequence[Sample], notes: Sequence[dict[str, Any]]) -> Tensor:
+    def _labels(self, samples: Sequence[Sample], notes: Sequence[dict[str, Any]]) -> Batch:
         highest = NUM_CLASSES[self.config.task] - 1
         for sample, note in zip(samples, notes, strict=True):
             if not 0 <= note["labels"] <= highest:
                 raise ShardReadError(
                     f"{self._where(sample)}: found label {note['labels']}, expected 0 to {highest}"
                 )
-        return torch.tensor([note["labels"] for note in notes], dtype=torch.int64)
-
-    def _second_images(self, plan: MicroBatch, samples: Sequence[Sample]) -> Tensor:
-        size = self.maker.transform.size
-        pixels = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-        for out, sample, position in zip(pixels, samples, plan.positions.tolist(), strict=True):
-            generator = keyed_generator(self.maker.seed, position, Purpose.SECOND_IMAGE)
-            out.copy_(self.maker.picture(sample.dataset, sample.row, generator, number=1))
-        return pixels
+        return {"labels": torch.tensor([note["labels"] for note in notes], dtype=torch.int64)}
 
     def _retrieval(self, plan: MicroBatch, samples: Sequence[Sample]) -> Batch:
         ids = self._image_ids(samples)

@@ -16,6 +16,8 @@ from mt_deepspeed.data.collate import Batch
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.data.shards import CaptionDataset, ShardReadError
 from tests.helpers.datasets import configuration, make_rows, write_dataset
+from tests.helpers.task_datasets import nlvr2_rows
+from tests.helpers.task_runs import task_config, write_task_root
 
 BAD_ROWS = (3, 17, 29)
 STEPS = 12
@@ -112,6 +114,29 @@ def test_nothing_readable_ends_the_run(root: Path, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "set", {"train": rows})
     with pytest.raises(ShardReadError, match="10 other samples could not be read either"):
         taken(skipping(root, folder, tmp_path))
+
+
+@pytest.mark.parametrize("image", ["image_0", "image_1"])
+def test_a_pair_of_pictures_is_skipped_when_either_is_damaged(tmp_path: Path, image: str) -> None:
+    rows = nlvr2_rows(10)
+    rows[4][image] = rows[4][image][:-60]
+    write_task_root(tmp_path)
+    folder = write_dataset(tmp_path / "damaged", {"train": rows}, task="nlvr2")
+    data = {
+        "train": [{"path": str(folder), "splits": ["train"]}],
+        "on_bad_sample": "skip",
+        "max_skipped_share": 1.0,
+    }
+    batches, stream = taken(task_config(tmp_path, "nlvr2", tmp_path, data=data))
+    dataset = CaptionDataset(folder, ["train"], "nlvr2")
+    shown = [pair for batch in batches for pair in batch["sample_ids"].tolist()]
+    assert 4 not in {dataset.pair(pair).row for pair in shown}
+    records = listed(tmp_path)
+    assert stream.counters == {"data/skipped_samples": len(records)}
+    assert len(records) > 2
+    assert all("cannot decode" in record["fault"] for record in records)
+    labels = [label for batch in batches for label in batch["labels"].tolist()]
+    assert labels == [dataset.annotations(pair)["labels"] for pair in shown]
 
 
 def test_evaluation_never_skips(root: Path, damaged: Path, tmp_path: Path) -> None:
