@@ -131,8 +131,8 @@ def test_statements_of_every_form_are_as_often_true_as_false() -> None:
         for text, true in state(left, right, Draw(i), 2):
             found[next(form for form in forms if form in text), true] += 1
     for form in forms:
-        true, false = found[form, True], found[form, False]
-        assert abs(true - false) < 4 * (true + false) ** 0.5, form
+        yes, no = found[form, True], found[form, False]
+        assert abs(yes - no) < 4 * (yes + no) ** 0.5, form
 
 
 def test_answers_are_even() -> None:
