@@ -4,16 +4,19 @@
         [--tasks vqa snli-ve nlvr2 retrieval] [--seeds 0 1 2] [--ways pretrained scratch text_only image_only]
 
 DIR holds the shards `vqav2`, `snli_ve`, `nlvr2` and `flickr30k` (docs/tasks.md says how to make them) and the
-tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>` and is measured on pictures that
-neither training nor the choice of its checkpoint has seen (VQA: `val`, whose answers are known). Blind runs start
-from the pre-trained model too: `text_only` sees the same grey for every picture, `image_only` an empty text, in
-training and in evaluation. Chance is the best constant answer; for retrieval, a draw among the pictures.
+tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>`; its last checkpoint, chosen by
+nothing, is measured on pictures that no training has seen. Blind runs start from the pre-trained model too:
+`text_only` sees the same grey for every picture, `image_only` an empty text, in training and in evaluation.
+Retrieval needs none: a ranking that does not depend on the query is chance. Chance is the best constant answer; for
+retrieval, a draw among the pictures or texts.
 
-Prints a table of means and spreads over the seeds, and appends a row per run to benchmarks/results/downstream.csv.
+Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row is there, and prints a table of
+means and spreads over the seeds.
 """
 
 import argparse
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -24,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import RESULTS, append, measured
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.engine import launch
@@ -42,10 +45,12 @@ from mt_deepspeed.tasks import Ranks, build_task
 
 Batch = dict[str, Tensor]
 
-ROOT = Path(__file__).resolve().parents[1]
+FILE = RESULTS / "downstream.csv"
+DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero0.json"
 TESTED = {"vqa": "val", "snli-ve": "test", "nlvr2": "test1", "retrieval": "test"}
 METRIC = {"vqa": "vqa_score", "snli-ve": "accuracy", "nlvr2": "accuracy", "retrieval": "r_mean"}
 WAYS = ("pretrained", "scratch", "text_only", "image_only")
+BLIND = WAYS[2:]
 
 
 def blind(batch: Batch, way: str) -> Batch:
@@ -63,71 +68,50 @@ def blind(batch: Batch, way: str) -> Batch:
 class BlindStream(TrainStream):
     """The stream of a run that does not see everything."""
 
-    way = ""
+    def __init__(self, config: RunConfig, way: str) -> None:
+        super().__init__(config, 0, 1)
+        self._way = way
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """As `TrainStream.steps`."""
-        for batches in super().steps(first_step):
-            yield [blind(batch, self.way) for batch in batches]
+        return ([blind(batch, self._way) for batch in batches] for batches in super().steps(first_step))
 
 
-def one_run(place: Place, args: argparse.Namespace, task: str, way: str, seed: int) -> tuple[float, float]:
-    """(figure on the tested split, training seconds)."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            f"data.root={args.shards.resolve()}",
-            f"run_dir={folder}/run",
-            f"train.seed={seed}",
-            *args.set,
-        ]
-        if way != "scratch":
-            settings.append(f"checkpoint.init_from={args.pretrained.resolve()}")
-        config = load_config(f"quickstart-{task}", (), settings)
-        check_start(config)
-        stream = BlindStream(config, 0, 1)
-        stream.way = way
-        if stream.answers:
-            keep_answers(Path(config.run_dir), stream.answers)
-        torch.manual_seed(seed)
-        built = build_task(config, Ranks(0, gather_rows))
-
-        def evaluation() -> Iterator[Batch]:
-            return (blind(batch, way) for batch in eval_batches(config, 0, 1))
-
-        started = time.perf_counter()
-        ds_config = load_ds_config(ROOT / "ds_configs" / "zero0.json")
-        watchdog = Watchdog(config, place.rank, place.world_size)
-        train(
-            config,
-            ds_config,
-            built,
-            stream,
-            evaluation,
-            place,
-            watchdog,
-            lambda: load_starting_weights(built, config),
-        )
-        seconds = time.perf_counter() - started
-        return test(place, config, task, way), seconds
-
-
-def test(place: Place, config: RunConfig, task: str, way: str) -> float:
-    """The figure of the run's best checkpoint on the tested split."""
-    pretrained = load(config.run_dir)
-    split = DatasetConfig(path=config.data.eval[0].path, splits=(TESTED[task],))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
+def one_run(place: Place, config: RunConfig, task: str, way: str) -> float:
+    """Trains; the figure of the last checkpoint on the tested split."""
+    check_start(config)
+    stream = BlindStream(config, way)
+    if stream.answers:
+        keep_answers(Path(config.run_dir), stream.answers)
+    torch.manual_seed(config.train.seed)
+    built = build_task(config, Ranks(0, gather_rows))
+    train(
+        config,
+        load_ds_config(DS_CONFIG),
+        built,
+        stream,
+        lambda: (blind(batch, way) for batch in eval_batches(config, 0, 1)),
+        place,
+        Watchdog(config, place.rank, place.world_size),
+        lambda: load_starting_weights(built, config),
+    )
+    last = load(max(Path(config.run_dir, "checkpoints").glob("step-*")))
+    tested = on_tested_split(config, task)
     if task == "retrieval":
-        return retrieve(pretrained, config, place)[METRIC[task]]
-    batches = (blind(batch, way) for batch in eval_batches(config, 0, 1, max_samples=0))
-    return evaluate_task(pretrained.task, batches, place, "fp32")[METRIC[task]]
+        return retrieve(last, tested, place)[METRIC[task]]
+    batches = (blind(batch, way) for batch in eval_batches(tested, 0, 1, max_samples=0))
+    return evaluate_task(last.task, batches, place, "fp32")[METRIC[task]]
 
 
-def chance(args: argparse.Namespace, task: str) -> float:
-    """What the best constant answer gets on the tested split."""
-    config = load_config(f"quickstart-{task}", (), [f"data.root={args.shards.resolve()}", *args.set])
+def on_tested_split(config: RunConfig, task: str) -> RunConfig:
+    """The configuration with the tested split as its evaluation data."""
     split = DatasetConfig(path=config.data.eval[0].path, splits=(TESTED[task],))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
-    batches = list(eval_batches(config, 0, 1, max_samples=0))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
+
+
+def chance(config: RunConfig, task: str) -> float:
+    """What the best constant answer gets on the tested split."""
+    batches = list(eval_batches(on_tested_split(config, task), 0, 1, max_samples=0))
     if task == "vqa":
         return float(torch.cat([batch["answer_scores"] for batch in batches]).mean(dim=0).max())
     if task != "retrieval":
@@ -144,17 +128,52 @@ def chance(args: argparse.Namespace, task: str) -> float:
     return texts / 6
 
 
-def table(found: dict[tuple[str, str], list[float]], chances: dict[str, float], ways: list[str]) -> str:
-    """Markdown: mean and spread (lowest to highest) in per cent."""
-    lines = [f"| task | chance | {' | '.join(ways)} |", "|---|---|" + "---|" * len(ways)]
-    for task, base in chances.items():
+def curve(run_dir: Path) -> str:
+    """`step:score` of the evaluations in training."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text("utf-8").splitlines())
+    found = {line["step"]: line["eval/score"] for line in lines if "eval/score" in line}
+    return " ".join(f"{step}:{score:.3f}" for step, score in found.items())
+
+
+def table() -> str:
+    """Markdown of the rows that are there: mean and spread (lowest to highest) in per cent."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for task, way, _, value, base in measured(FILE, ("task", "way", "seed", "value", "chance")):
+        found[task, way].append(100 * float(value))
+        found[task, "chance"] = [100 * float(base)]
+    lines = [f"| task | chance | {' | '.join(WAYS)} |", "|---|---|" + "---|" * len(WAYS)]
+    for task in TESTED:
         cells = []
-        for way in ways:
-            values = [100 * value for value in found.get((task, way), [])]
+        for way in ("chance", *WAYS):
+            values = found.get((task, way), [])
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
-        lines.append(f"| {task} | {100 * base:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: int) -> None:
+    """One run and its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"data.root={args.shards.resolve()}", f"run_dir={folder}", f"train.seed={seed}"]
+        if way != "scratch":
+            settings.append(f"checkpoint.init_from={args.pretrained.resolve()}")
+        config = load_config(f"quickstart-{task}", (), [*settings, *args.set])
+        base, started = chance(config, task), time.process_time()
+        value = one_run(place, config, task, way)
+        row = {
+            "task": task,
+            "way": way,
+            "seed": seed,
+            "metric": METRIC[task],
+            "value": round(value, 5),
+            "chance": round(base, 5),
+            "steps": config.train.max_steps,
+            "curve": curve(Path(folder)),
+            "cpu_s": round(time.process_time() - started, 1),
+        }
+        append(FILE, [row])
+        print(row, flush=True)
 
 
 def main() -> None:
@@ -170,20 +189,13 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     place = launch.init()
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    chances = {task: chance(args, task) for task in args.tasks}
-    for task in args.tasks:
-        for way in args.ways:
-            if task == "retrieval" and way.endswith("_only"):
-                continue  # blind, all pairs of a picture or of a text look alike: recall is 0
-            for seed in args.seeds:
-                value, seconds = one_run(place, args, task, way, seed)
-                found[task, way].append(value)
-                figures = {METRIC[task]: round(value, 4), "seconds": round(seconds, 1)}
-                print(task, way, seed, figures, flush=True)
-                row = {"task": task, "way": way, "seed": seed, "metric": METRIC[task], "value": value}
-                append(RESULTS / "downstream.csv", [row | {"seconds": round(seconds, 1)}])
-    print(table(found, chances, list(args.ways)))
+    done = measured(FILE, ("task", "way", "seed"))
+    for seed in args.seeds:
+        for task in args.tasks:
+            for way in args.ways:
+                if (task, way, str(seed)) not in done and not (task == "retrieval" and way in BLIND):
+                    measure(place, args, task, way, seed)
+    print(table())
     launch.shutdown()
 
 
