@@ -183,7 +183,8 @@ def score_all_pairs(pretrained: Pretrained, config: RunConfig, place: Place) -> 
                 scores = []
                 for experts, mask in texts:
                     image = [expert[number : number + 1].expand(len(mask), -1, -1) for expert in images]
-                    scores.append(match_scores(task, model.fuse_experts(experts, image, mask).cls_feats))
+                    fused = model.fuse_experts(experts, image, mask, pooled_from=0)
+                    scores.append(match_scores(task, fused.cls_feats))
                 rows[image_id] = torch.cat(scores).float().cpu()
     merged = merge_by_id(rows)
     row_of_image = {image_id: row for row, image_id in enumerate(merged)}

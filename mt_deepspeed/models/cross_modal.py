@@ -96,10 +96,19 @@ class CrossModalLayer(nn.Module):
             config.intermediate_size, config.hidden_size, config.layer_norm_eps, config.dropout
         )
 
-    def forward(self, hidden_BLD: Tensor, other_BKD: Tensor, text_attend_B11T: Tensor) -> Tensor:
-        """`[B, L, D]`; positional tensors only, so that activation checkpointing can wrap the layer."""
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        other_BKD: Tensor,
+        text_attend_B11T: Tensor,
+        stream_BSD: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, L, D]`; positional tensors only, so that activation checkpointing can wrap the layer.
+
+        Where only some tokens' results are needed, `hidden` holds these and `stream` all of the layer's own tokens.
+        """
         own, other = (text_attend_B11T, None) if self.modality == "text" else (None, text_attend_B11T)
-        hidden = self.attention(hidden_BLD, hidden_BLD, own)
+        hidden = self.attention(hidden_BLD, hidden_BLD if stream_BSD is None else stream_BSD, own)
         hidden = self.crossattention(hidden, other_BKD, other)
         result: Tensor = self.output(self.intermediate(hidden), hidden)
         return result

@@ -17,6 +17,7 @@ def forward_flops(
     images: float,
     masked_tokens: float,
     texts: float | None = None,
+    pooled: float | None = None,
 ) -> float:
     """Operations per sample (a multiply-add counts as two): matrix products, convolution and attention.
 
@@ -27,15 +28,18 @@ def forward_flops(
         images: Images encoded per sample.
         masked_tokens: Positions that reach the vocabulary head per sample.
         texts: Texts encoded per sample; None: one for each pair.
+        pooled: Pairs of which only class features are wanted (`TwoTowerModel.fuse`), the others giving none; None:
+            all tokens of all pairs.
     """
     texts = pairs if texts is None else texts
-    text, image, fusion, head = _parts(config, text_tokens)
-    return texts * text + pairs * fusion + images * image + masked_tokens * head
+    text, image, whole, unpooled, class_token, head = _parts(config, text_tokens)
+    fusion = pairs * whole if pooled is None else pairs * unpooled + pooled * class_token
+    return texts * text + fusion + images * image + masked_tokens * head
 
 
 @lru_cache(maxsize=64)
-def _parts(config: ModelConfig, text_tokens: int) -> tuple[float, float, float, float]:
-    """Operations of one text, one image, one fused pair and one masked token."""
+def _parts(config: ModelConfig, text_tokens: int) -> tuple[float, ...]:
+    """Operations of one text, one image, one pair (all; without class features; these alone), one masked token."""
     rows = 2
     with torch.device("meta"):
         model = TwoTowerModel(config).eval()
@@ -52,11 +56,15 @@ def _parts(config: ModelConfig, text_tokens: int) -> tuple[float, float, float, 
             text_experts = model.text_experts(model.encode_text(ids, mask))
         with FlopCounterMode(display=False) as image_count:
             image_experts = model.image_experts(model.encode_image(pixels))
-        with FlopCounterMode(display=False) as fusion_count:
-            model.fuse_experts(text_experts, image_experts, mask)
+        fusion_counts = []
+        for pooled_from in (None, rows, 0):
+            with FlopCounterMode(display=False) as fusion_count:
+                model.fuse_experts(text_experts, image_experts, mask, pooled_from=pooled_from)
+            fusion_counts.append(fusion_count.get_total_flops() / rows)
         with FlopCounterMode(display=False) as head_count:
             head(feats)
-    text, image, fusion, masked = (
-        counter.get_total_flops() / rows for counter in (text_count, image_count, fusion_count, head_count)
+    whole, unpooled, pooled = fusion_counts
+    text, image, masked = (
+        counter.get_total_flops() / rows for counter in (text_count, image_count, head_count)
     )
-    return text, image, fusion, masked
+    return text, image, whole, unpooled, pooled - unpooled, masked

@@ -27,9 +27,9 @@ class FusionOutput(NamedTuple):
     text_feats: Tensor
     """`[B, L, D]`, last cross-modal text layer."""
     image_feats: Tensor
-    """`[B, P, D]`, last cross-modal image layer."""
+    """`[B, P, D]`, last cross-modal image layer; `[B - pooled_from, 1, D]` where only class tokens were asked for."""
     cls_feats: Tensor
-    """`[B, 2D]`, text pooler then image pooler."""
+    """`[B, 2D]` or `[B - pooled_from, 2D]`, text pooler then image pooler."""
 
 
 class TwoTowerModel(nn.Module):
@@ -159,6 +159,7 @@ class TwoTowerModel(nn.Module):
         text_mask_BL: Tensor,
         image_token_type: int = 1,
         record: Record | None = None,
+        pooled_from: int | None = None,
     ) -> FusionOutput:
         """Runs the cross-modal encoder on tower outputs with equal numbers of rows.
 
@@ -170,12 +171,15 @@ class TwoTowerModel(nn.Module):
             record: None, or a dict that receives detached intermediates: `experts.M` `[B, N, L, D]`,
                 `manager.M.i.{out,weights,weight_previous,logits,query_attention}` or `bridge.M.i`, and
                 `cross.M.i`, with M `text` or `image` and i the cross-modal layer.
+            pooled_from: The first pair whose class features are wanted; all from it on are. The last image layer is
+                then computed for their class tokens alone. None: all tokens of all pairs.
         """
         return self.fuse_experts(
             self.text_experts(text_states),
             self.image_experts(image_states, image_token_type),
             text_mask_BL,
             record,
+            pooled_from,
         )
 
     def fuse_experts(
@@ -184,6 +188,7 @@ class TwoTowerModel(nn.Module):
         image_experts: Sequence[Tensor],
         text_mask_BL: Tensor,
         record: Record | None = None,
+        pooled_from: int | None = None,
     ) -> FusionOutput:
         """As `fuse`, from projected layers (`text_experts`, `image_experts`)."""
         attend = text_mask_BL.bool()
@@ -211,7 +216,11 @@ class TwoTowerModel(nn.Module):
             image_in = image_link(image_experts, images, text, to_image, notes["image"], *image_shared)
             # Both streams read the inputs of this layer, not each other's output.
             text = text_layer(text_in, image_in, attend_B11L)
-            image = image_layer(image_in, text_in, attend_B11L)
+            if pooled_from is None or i + 1 < self.config.cross_modal.num_layers:
+                image = image_layer(image_in, text_in, attend_B11L)
+            else:
+                rows = slice(pooled_from, None)
+                image = image_layer(image_in[rows, :1], text_in[rows], attend_B11L[rows], image_in[rows])
             texts.append(text)
             images.append(image)
             if record is not None:
@@ -220,9 +229,8 @@ class TwoTowerModel(nn.Module):
         if record is not None and self.config.has_managers:
             record["experts.text"] = torch.stack(list(text_experts), dim=1).detach()
             record["experts.image"] = torch.stack(list(image_experts), dim=1).detach()
-        cls_feats = torch.cat(
-            [self.cross_modal_text_pooler(texts[-1]), self.cross_modal_image_pooler(images[-1])], dim=-1
-        )
+        pooled_text = self.cross_modal_text_pooler(texts[-1][pooled_from or 0 :])
+        cls_feats = torch.cat([pooled_text, self.cross_modal_image_pooler(images[-1])], dim=-1)
         return FusionOutput(text_feats=texts[-1], image_feats=images[-1], cls_feats=cls_feats)
 
     def _shared(self, experts: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -46,7 +46,7 @@ class ClassificationTask(nn.Module):
         self._text_len = batch["text_mask"].shape[1]
         text = self.model.encode_text(batch["text_ids"], batch["text_mask"])
         image = self.model.encode_image(batch["pixels"])
-        return self.model.fuse(text, image, batch["text_mask"], record=record).cls_feats
+        return self.model.fuse(text, image, batch["text_mask"], record=record, pooled_from=0).cls_feats
 
     def logits(self, batch: Batch, record: Record | None = None) -> Tensor:
         """`[B, C]` of a batch with `pixels`, `text_ids`, `text_mask`."""
@@ -118,7 +118,8 @@ class ClassificationTask(nn.Module):
     def flops_per_sample(self) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's text length."""
         tokens = self._text_len or self.model.config.text.max_positions
-        return 3 * forward_flops(self.model.config, tokens, self.num_images, self.num_images, 0, texts=1)
+        images = self.num_images
+        return 3 * forward_flops(self.model.config, tokens, images, images, 0, texts=1, pooled=images)
 
     @staticmethod
     def parameter_role(name: str) -> str:

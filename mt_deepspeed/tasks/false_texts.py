@@ -67,6 +67,7 @@ class FalseTextsTask(nn.Module):
             [expert[text_rows] for expert in texts],
             [expert[image_rows] for expert in images],
             mask_CL[text_rows],
+            pooled_from=0,
         )
         scores = self.rank_output(fused.cls_feats[: rows * choices]).view(rows, choices)
         logits = self.itm_score(fused.cls_feats[rows * choices :])
@@ -108,7 +109,13 @@ class FalseTextsTask(nn.Module):
         tokens = self._text_len or self.model.config.text.max_positions
         choices = 1 + self.config.num_false_texts
         return 3 * forward_flops(
-            self.model.config, tokens, pairs=choices + 1, images=1.5, masked_tokens=0, texts=choices
+            self.model.config,
+            tokens,
+            pairs=choices + 1,
+            images=1.5,
+            masked_tokens=0,
+            texts=choices,
+            pooled=choices + 1,
         )
 
     @staticmethod

@@ -42,6 +42,7 @@ class Nlvr2Task(ClassificationTask):
             [torch.cat(both) for both in zip(first, second, strict=True)],
             mask_BL.repeat(2, 1),
             record,
+            pooled_from=0,
         )
         features: Tensor = self.dropout(torch.cat([fused.cls_feats[:rows], fused.cls_feats[rows:]], dim=-1))
         return features

@@ -72,7 +72,7 @@ class PretrainTask(nn.Module):
             losses["mlm"] = mlm_loss(logits_MV, labels_M)
             report["mlm_accuracy"] = pair((logits_MV.argmax(dim=-1) == labels_M).sum(), labels_M.numel())
         if self.has_itm:
-            logits_B2 = self.itm_score(fused.cls_feats[-batch_size:])
+            logits_B2 = self.itm_score(fused.cls_feats)
             losses["itm"] = matching_loss(logits_B2, batch["itm_labels"])
             report["itm_accuracy"] = pair((logits_B2.argmax(dim=-1) == batch["itm_labels"]).sum(), batch_size)
         return losses, report
@@ -93,8 +93,9 @@ class PretrainTask(nn.Module):
         # Projected once per picture, then copied to the pairs it belongs to.
         image_experts = self.model.image_experts(self.model.encode_image(batch["pixels"]))
         rows = torch.cat(image_rows)
+        pooled_from = len(rows) - len(mask_BL) if self.has_itm else None
         return self.model.fuse_experts(
-            text_experts, [expert[rows] for expert in image_experts], masks, record
+            text_experts, [expert[rows] for expert in image_experts], masks, record, pooled_from
         )
 
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -192,7 +193,8 @@ class PretrainTask(nn.Module):
         false_images = 0.5 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0.0
         pairs = len(self.loss_weights)
         masked = self.objectives.mlm_probability * tokens if self.has_mlm else 0.0
-        return 3 * forward_flops(self.model.config, tokens, pairs, 1 + false_images, masked)
+        pooled = 1.0 if self.has_itm else None
+        return 3 * forward_flops(self.model.config, tokens, pairs, 1 + false_images, masked, pooled=pooled)
 
     @staticmethod
     def parameter_role(name: str) -> str:

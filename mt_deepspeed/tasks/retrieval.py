@@ -99,7 +99,7 @@ class RetrievalTask(nn.Module):
         text = torch.cat([text_BNLD, text_BNLD, ranks.gather(text_BNLD)[text_B]])
         image = torch.cat([image_BNPD, ranks.gather(image_BNPD)[image_B], image_BNPD])
         mask = torch.cat([mask_BL, mask_BL, ranks.gather(mask_BL)[text_B]])
-        fused = self.model.fuse_experts(list(text.unbind(1)), list(image.unbind(1)), mask)
+        fused = self.model.fuse_experts(list(text.unbind(1)), list(image.unbind(1)), mask, pooled_from=0)
         logits = self.itm_score(fused.cls_feats)
         labels = torch.cat([torch.ones_like(image_label_B), image_label_B, text_label_B])
         report = {
@@ -138,7 +138,9 @@ class RetrievalTask(nn.Module):
     def flops_per_sample(self) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's text length."""
         tokens = self._text_len or self.model.config.text.max_positions
-        return 3 * forward_flops(self.model.config, tokens, pairs=3, images=1, masked_tokens=0, texts=1)
+        return 3 * forward_flops(
+            self.model.config, tokens, pairs=3, images=1, masked_tokens=0, texts=1, pooled=3
+        )
 
     @staticmethod
     def parameter_role(name: str) -> str:

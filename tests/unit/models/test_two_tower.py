@@ -235,3 +235,23 @@ def test_pixels_as_decoded_are_normalised_as_clip_does() -> None:
     decoded = _forward(model, {**batch, "pixels": pixels})
     normalised = _forward(model, {**batch, "pixels": normalise(pixels)})
     assert torch.equal(decoded.cls_feats, normalised.cls_feats)
+
+
+@pytest.mark.parametrize("kind", ["saue", "aaue", "bridge_add"])
+def test_class_features_alone_are_the_same(kind: str) -> None:
+    """Skipping the last image layer's other tokens changes neither features nor gradients."""
+    config = tiny_config(kind, noise=False)
+    model = _model(config).double().train()
+    batch = tiny_batch(config)
+    batch["pixels"] = batch["pixels"].double()
+    texts = model.encode_text(batch["text_ids"], batch["text_mask"])
+    images = model.encode_image(batch["pixels"])
+    found = []
+    for pooled_from in (None, 1):
+        fused = model.fuse(texts, images, batch["text_mask"], pooled_from=pooled_from)
+        classes = fused.cls_feats[1:] if pooled_from is None else fused.cls_feats
+        loss = fused.text_feats.square().sum() + classes.sin().sum()
+        grads = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True)
+        found.append((fused.text_feats, classes, *(grad for grad in grads if grad is not None)))
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(whole, part)
