@@ -17,6 +17,13 @@ from mt_deepspeed.tasks.pretrain import PretrainTask
 MASKED = -10000.0
 
 
+def pad_texts(batch: dict[str, Tensor], length: int, pad_id: int) -> dict[str, Tensor]:
+    """The batch with every text padded to `length` tokens, as the published loader does it."""
+    missing = length - batch["text_mask"].shape[1]
+    fill = {"text_ids": pad_id, "mlm_ids": pad_id, "text_mask": 0, "mlm_labels": -100}
+    return {**batch, **{key: F.pad(batch[key], (0, missing), value=value) for key, value in fill.items()}}
+
+
 class PlainPretraining(nn.Module):
     """The losses of a `PretrainTask`, which it wraps, the published way."""
 

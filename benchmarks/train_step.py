@@ -2,13 +2,15 @@
 
     python -m benchmarks.train_step --micro-batch 2 4 --precision fp32 bf16
     python -m benchmarks.train_step --systems bridge transformers --stage 0 1 2 3 --checkpointing 0 1
-    python -m benchmarks.train_step --check-flops
 
 Systems: `ours` and `plain` train ManagerTower, `bridge` (ours) and `transformers` BridgeTower, in the sizes of
-`--preset`. All but `plain` run under DeepSpeed with the same engine; `plain` is autograd and torch's AdamW. Before
-anything is timed, dropout and noise are switched off and both systems of a model must give the same losses. Systems
-take turns in one process on the same batches; `cpu_s` is processor time, which other programs on the machine
-disturb less than the wall clock. Rows go to `benchmarks/results/train_step.csv`.
+`--preset`. All but `plain` run under DeepSpeed with the same engine; `plain` is autograd and torch's AdamW, and pads
+every text to `data.max_text_len`, as the published loader does; the others pad to the longest of the batch. Before
+anything is timed, dropout and noise are switched off and both systems of a model must give the same losses in float32.
+Systems take turns in one process on the same batches; `cpu_s` is processor time, which other programs on the machine
+disturb less than the wall clock, `update_s` the optimizer's part of `wall_s` (on a CPU). TFLOP/s and MFU count the
+operations that our step needs, for every system. `kept` is what a forward pass leaves for backward; for peaks, and
+with checkpointing, see `benchmarks.growth`. Rows go to `benchmarks/results/train_step.csv`.
 """
 
 import argparse
@@ -42,10 +44,12 @@ class System:
 
     name: str
     module: nn.Module
-    losses: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    losses: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
     step: Callable[[dict[str, Tensor]], Any]
+    optimizer: torch.optim.Optimizer
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    update_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,20 +93,25 @@ def build_tasks(names: list[str], config: RunConfig) -> list[Any]:
 
 
 def _plain(task: Any, config: RunConfig, place: Any) -> System:
-    from benchmarks.plain_step import PlainPretraining
+    from benchmarks.plain_step import PlainPretraining, pad_texts
 
     module = PlainPretraining(task).to(place.device)
+    length, pad_id = config.data.max_text_len, config.model.text.pad_token_id
     groups = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
 
+    def losses(batch: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+        with autocast(precision, place.device):
+            found: dict[str, Tensor] = module(to_device(pad_texts(batch, length, pad_id), place.device))
+        return found
+
     def step(batch: dict[str, Tensor]) -> None:
-        with autocast(config.train.precision, place.device):
-            losses = module(to_device(batch, place.device))
+        values = losses(batch, config.train.precision)
         optimizer.zero_grad()
-        sum(losses.values()).backward()  # type: ignore[union-attr]
+        sum(values.values()).backward()  # type: ignore[union-attr]
         optimizer.step()
 
-    return System("plain", module, lambda batch: module(to_device(batch, place.device)), step)
+    return System("plain", module, losses, step, optimizer)
 
 
 def _engine(name: str, task: Any, config: RunConfig, setting: Setting, place: Any) -> System:
@@ -112,8 +121,10 @@ def _engine(name: str, task: Any, config: RunConfig, setting: Setting, place: An
     session.engine.train()
     numbers = itertools.count()
 
-    def losses(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(batch: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+        session.engine.module.precision = precision
         found: dict[str, Tensor] = session.engine("train", to_device(batch, place.device))[0]
+        session.engine.module.precision = config.train.precision
         return found
 
     return System(
@@ -121,6 +132,7 @@ def _engine(name: str, task: Any, config: RunConfig, setting: Setting, place: An
         session.engine,
         losses,
         lambda batch: session.stepper.step(next(numbers), [batch], {"save": False}),
+        session.optimizer,
     )
 
 
@@ -130,7 +142,7 @@ def check_losses(first: System, second: System, batch: dict[str, Tensor]) -> Non
     for system in (first, second):
         system.module.eval()
         with torch.no_grad():
-            found.append({name: float(loss) for name, loss in system.losses(batch).items()})
+            found.append({name: float(loss) for name, loss in system.losses(batch, "fp32").items()})
         system.module.train()
     for name, value in found[0].items():
         other = found[1][name]
@@ -143,6 +155,8 @@ def measure(
     systems: list[System], batches: Iterator[dict[str, Tensor]], rounds: int, device: torch.device
 ) -> None:
     """Warms up, then lets the systems take turns on the same batches."""
+    for system in systems:
+        system.optimizer.step = _timed(system.optimizer.step, system.update_s)  # type: ignore[method-assign]
     for number in range(rounds + 1):
         batch = next(batches)
         for system in systems:
@@ -155,7 +169,17 @@ def measure(
                 system.cpu_s.append(time.process_time() - processor)
 
 
-def kept_bytes(system: System, batch: dict[str, Tensor], precision: str, device: torch.device) -> int:
+def _timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        times.append(time.perf_counter() - start)
+        return result
+
+    return run
+
+
+def kept_bytes(system: System, batch: dict[str, Tensor], precision: str) -> int:
     """Bytes that a forward pass keeps for backward, parameters left out."""
     known = {parameter.untyped_storage().data_ptr() for parameter in system.module.parameters()}
     kept: dict[int, int] = {}
@@ -166,8 +190,8 @@ def kept_bytes(system: System, batch: dict[str, Tensor], precision: str, device:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(precision, device):
-        losses = system.losses(batch)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = system.losses(batch, precision)
     del losses
     return sum(kept.values())
 
@@ -227,9 +251,10 @@ def row(
     wall, cpu = statistics.median(system.wall_s), min(system.cpu_s)
     tokens = batch["text_mask"].shape[1]
     masked = len(batch["mlm_positions"]) / setting.micro_batch
-    flops = 3 * forward_flops(config.model, tokens, 2, 1.5, masked)
+    flops = 3 * forward_flops(config.model, tokens, 2, 1.5, masked, pooled=1)
     rates = throughput(setting.micro_batch / wall, flops, setting.precision, device, 1)
-    kept = kept_bytes(system, batch, setting.precision, device)
+    # Recomputed layers hide what they keep.
+    kept = None if setting.checkpointing else kept_bytes(system, batch, setting.precision)
     peak = peak_bytes(system, batch) if device.type == "cuda" else None
     return {
         "preset": options.preset,
@@ -238,34 +263,15 @@ def row(
         "text_tokens": tokens,
         "wall_s": f"{wall:.4g}",
         "cpu_s": f"{cpu:.4g}",
+        "update_s": "" if device.type == "cuda" else f"{statistics.median(system.update_s[1:]):.4g}",
         "samples_per_s": f"{setting.micro_batch / wall:.4g}",
         "times_baseline": f"{statistics.median(baseline.wall_s) / wall:.3f}",
         "times_baseline_cpu": f"{min(baseline.cpu_s) / cpu:.3f}",
         "tflops": f"{rates['speed/tflops_per_device']:.4g}",
         "mfu": f"{rates['speed/mfu']:.3f}" if "speed/mfu" in rates else "",
-        "kept_mib_per_sample": f"{kept / setting.micro_batch / 2**20:.1f}",
+        "kept_mib_per_sample": "" if kept is None else f"{kept / setting.micro_batch / 2**20:.1f}",
         "peak_mib_per_sample": "" if peak is None else f"{peak / setting.micro_batch / 2**20:.1f}",
     }
-
-
-def check_flops(options: argparse.Namespace) -> None:
-    """Our count of a forward pass beside that of DeepSpeed's profiler, which also counts norms and activations."""
-    from deepspeed.profiling.flops_profiler import FlopsProfiler
-
-    from mt_deepspeed.models.flops import forward_flops
-    from mt_deepspeed.tasks import build_task
-
-    config = load_config(options.preset, [], options.set)
-    task, batch = build_task(config).eval(), make_batch(config, 2, 0, options.text_tokens)
-    profiler = FlopsProfiler(task)
-    profiler.start_profile()
-    with torch.no_grad():
-        task(batch)
-    found = profiler.get_total_flops() / 2
-    profiler.end_profile()
-    tokens, masked = batch["text_mask"].shape[1], len(batch["mlm_positions"]) / 2
-    own = forward_flops(config.model, tokens, 2, 1.5, masked)
-    print(f"forward, GFLOP a sample: {own / 1e9:.3f} by our count, {found / 1e9:.3f} by DeepSpeed's profiler")
 
 
 def main() -> None:
@@ -284,13 +290,9 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
-    parser.add_argument("--check-flops", action="store_true", help="compare FLOP counts and stop")
     parser.add_argument("--dry", action="store_true", help="write no rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.check_flops:
-        check_flops(options)
-        return
     from mt_deepspeed.engine import launch
 
     place = launch.init()
