@@ -176,7 +176,18 @@ def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
         print(row, flush=True)
 
 
-def main() -> None:
+def measure_all(place: Place, args: argparse.Namespace) -> None:
+    """All runs that have no row yet: seed by seed, so that a job that is cut short leaves whole tables."""
+    done = measured(FILE, ("task", "way", "seed"))
+    for seed in args.seeds:
+        for task in args.tasks:
+            for way in args.ways:
+                if (task, way, str(seed)) not in done and not (task == "retrieval" and way in BLIND):
+                    measure(place, args, task, way, seed)
+    print(table())
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,17 +198,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
-    place = launch.init()
-    done = measured(FILE, ("task", "way", "seed"))
-    for seed in args.seeds:
-        for task in args.tasks:
-            for way in args.ways:
-                if (task, way, str(seed)) not in done and not (task == "retrieval" and way in BLIND):
-                    measure(place, args, task, way, seed)
-    print(table())
-    launch.shutdown()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    chosen = parse()
+    measure_all(launch.init(), chosen)
+    launch.shutdown()

@@ -124,7 +124,7 @@ def state(left: Scene, right: Scene, draw: Draw, count: int) -> list[tuple[str, 
     """
     found: dict[str, bool] = {}
     while len(found) < count:
-        form = draw.choice((_side, _both, _one, _more))
+        form = draw.choice((_side, _colour_of_side, _both, _one, _more))
         statements: dict[bool, str] = {}
         for _ in range(8):
             text, true = form(left, right, draw)
@@ -146,6 +146,12 @@ def _side(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     shape = group.shape if group.count == 1 else SHAPES[group.shape]
     text = f"The {side} image shows exactly {number} {group.colour} {shape}."
     return text, _holds(scene, group.colour, group.shape, group.count)
+
+
+def _colour_of_side(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
+    side, scene = draw.choice((("left", left), ("right", right)))
+    colour = draw.choice(draw.choice((left, right)).groups).colour
+    return f"The {side} image contains something {colour}.", any(g.colour == colour for g in scene.groups)
 
 
 def _both(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:

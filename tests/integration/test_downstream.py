@@ -1,7 +1,6 @@
 """Every task from its own synthetic layout: converted, fine-tuned with both eyes and blind, measured and tabled."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,14 +48,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_benchmark(_: Place, world: Path, file: Path) -> str:
+def run_benchmark(place: Place, world: Path, file: Path) -> str:
     downstream.FILE = file
-    # Ranks are started with a group of their own.
-    downstream.launch.init = lambda: Place(0, 1, 0, torch.device("cpu"))  # type: ignore[assignment]
-    downstream.launch.shutdown = lambda: None
-    sys.argv = ["downstream", "--shards", str(world), "--pretrained", str(world / "model"), "--seeds", "0"]
-    sys.argv += ["--set", *SETTINGS, "classifier.num_answers=10"]
-    downstream.main()
+    arguments = ["--shards", str(world), "--pretrained", str(world / "model"), "--seeds", "0"]
+    arguments += ["--set", *SETTINGS, "classifier.num_answers=10"]
+    downstream.measure_all(place, downstream.parse(arguments))
     return downstream.table()
 
 

@@ -77,6 +77,8 @@ def truth(statement: str, left: Scene, right: Scene) -> bool:
         found = groups(side[match[1]], colour=match[3], shape=SINGULAR[match[4]])
         assert (match[4] in SHAPES) == (match[2] == "one")
         return sum(g.count for g in found) == COUNTS.index(match[2]) + 1
+    if match := re.fullmatch(r"The (left|right) image contains something (\w+)\.", statement):
+        return bool(groups(side[match[1]], colour=match[2]))
     if match := re.fullmatch(r"Both images contain something (\w+)\.", statement):
         return all(groups(scene, colour=match[1]) for scene in side.values())
     if match := re.fullmatch(r"There are (\w+) in both images\.", statement):
@@ -124,7 +126,7 @@ def test_the_form_of_a_hypothesis_gives_two_in_three_at_most() -> None:
 
 
 def test_statements_of_every_form_are_as_often_true_as_false() -> None:
-    forms = ("exactly", "something", "in both", "At least", "more")
+    forms = ("exactly", "image contains", "images contain", "in both", "At least", "more")
     found: Counter[tuple[str, bool]] = Counter()
     for i in range(1500):
         left, right = scene_of("nlvr2", 1, 2 * i), scene_of("nlvr2", 1, 2 * i + 1)
