@@ -122,11 +122,11 @@ step "evaluating on held-out pictures" "$again" evaluate
 step "exporting the model" "remove $out/model-$name; $again" \
     "$PYTHON" -m mt_deepspeed.export --checkpoint "$run" --out "$out/model-$name"
 step "filling masked words in held-out pictures" "$again" \
-    "$PYTHON" -m mt_deepspeed.predict --model "$out/model-$name" --shards "$out/shards/coco" --split test \
+    "$PYTHON" -m mt_deepspeed.show masks --model "$out/model-$name" --shards "$out/shards/coco" --split test \
     --visual-words "$words" --out "$out/predictions.png"
 
 echo
-"$PYTHON" -m mt_deepspeed.show --run "$run" --evaluation "$run/evaluation.json"
+"$PYTHON" -m mt_deepspeed.show run --run "$run" --evaluation "$run/evaluation.json"
 cat <<TEXT
 
 picture      $out/predictions.png

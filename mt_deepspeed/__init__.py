@@ -1,10 +1,17 @@
-"""ManagerTower and its family, pre-trained with DeepSpeed."""
+"""ManagerTower and its family, pre-trained with DeepSpeed.
+
+`ManagerTower.from_pretrained(folder)` and `load(folder)` are the same and give a model of any kind with its
+processor; see `mt_deepspeed.pretrained_model.Pretrained`.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mt_deepspeed.pretrained import Pretrained
+    from mt_deepspeed.pretrained_model import Pretrained
+    from mt_deepspeed.pretrained_model import Pretrained as ManagerTower
+
+__all__ = ["ManagerTower", "load"]
 
 
 def load(folder: str | Path, device: str = "cpu") -> "Pretrained":
@@ -12,3 +19,11 @@ def load(folder: str | Path, device: str = "cpu") -> "Pretrained":
     from mt_deepspeed.pretrained import load as load_pretrained  # torch takes seconds to import
 
     return load_pretrained(folder, device)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ManagerTower":
+        from mt_deepspeed.pretrained_model import Pretrained
+
+        return Pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

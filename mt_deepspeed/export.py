@@ -7,12 +7,12 @@ loads them back and compares the logits bit for bit before it says so.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mt_deepspeed.pretrained import Pretrained, load
+from mt_deepspeed.pretrained import load
+from mt_deepspeed.pretrained_model import Pretrained
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def export(pretrained: Pretrained, out: Path) -> None:
     """
     if out.exists() and any(out.iterdir()) and not (out / "model.safetensors").exists():
         raise ValueError(f"--out {out}: is not empty and holds no exported model; choose another folder")
-    pretrained.save(out)
+    pretrained.save_pretrained(out)
     reloaded = probe_logits(load(out))
     for name, before in probe_logits(pretrained).items():
         after = reloaded[name]
@@ -51,9 +51,13 @@ def export(pretrained: Pretrained, out: Path) -> None:
             )
 
 
-@torch.no_grad()
 def probe_logits(pretrained: Pretrained) -> dict[str, Tensor]:
-    """Logits of every head on fixed random input."""
+    """What every head makes of fixed random input; see `inference.outputs`."""
+    return pretrained(**probe(pretrained))
+
+
+def probe(pretrained: Pretrained) -> dict[str, Tensor]:
+    """Two texts of random tokens and as many random pictures as the task takes for them."""
     generator = torch.Generator().manual_seed(0)
     model, data = pretrained.config.model, pretrained.config.data
     length = min(8, data.max_text_len)
@@ -61,20 +65,12 @@ def probe_logits(pretrained: Pretrained) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     if data.padding == "longest":  # then padding must not matter, so that it may be there
         ids[1, length // 2 :], mask[1, length // 2 :] = model.text.pad_token_id, 0
-    side = model.vision.image_size
-    pixels = torch.randn(2, 3, side, side, generator=generator)
-    device = pretrained.device
-    task: Any = pretrained.task
-    fused = task.model(ids.to(device), mask.to(device), pixels.to(device))
-    logits = {}
-    if hasattr(task, "mlm_score"):
-        logits["mlm"] = task.mlm_score(fused.text_feats)
-    for name in ("itm_score", "rank_output", "vqa_classifier", "snli_classifier"):
-        if hasattr(task, name):
-            logits[name] = getattr(task, name)(fused.cls_feats)
-    if hasattr(task, "nlvr2_classifier"):
-        logits["nlvr2_classifier"] = task.nlvr2_classifier(fused.cls_feats.repeat(1, 2))
-    return logits
+    side, images = model.vision.image_size, 4 if pretrained.config.task == "nlvr2" else 2
+    return {
+        "text_ids": ids,
+        "text_mask": mask,
+        "pixels": torch.randn(images, 3, side, side, generator=generator),
+    }
 
 
 if __name__ == "__main__":

@@ -1,169 +1,231 @@
-"""Shows what a model sees: fills masked words and draws a picture of it.
+"""Asks a model about pictures.
 
-    python -m mt_deepspeed.predict --model DIR --image cat.jpg --text "a <mask> cat on a <mask>"
-    python -m mt_deepspeed.predict --model DIR --shards DIR --split val --visual-words FILE --out predictions.png
+    python -m mt_deepspeed.predict answer --model DIR --image cat.jpg --text "what is it?"
 
-The second form masks visual words in captions of held-out pictures and draws each picture with its caption, the
-likeliest words, and the weights the managers give to the uni-modal layers.
+fill-mask   the likeliest words for each <mask> in a text, given a picture (a pre-trained model)
+answer      answers to a question about a picture (VQA)
+entail      does the picture contradict, leave open or entail a sentence? (SNLI-VE)
+compare     is a statement about two pictures true? (NLVR2; --image LEFT RIGHT)
+rank        the pictures of a folder by how well they fit each text, or the texts for each picture
+embed       embeddings of pictures and texts to a Parquet file
+
+The first four take one question from --image and --text, or many from --input ROWS.jsonl: one object a line with the
+keys "image" (for compare a list of two files, relative to the folder of ROWS.jsonl) and "text"; other keys stay with
+the row. Results are a table, or with --out one JSON object a line.
+
+Exit codes: 1 nothing was done (the message says why), 2 wrong command line, 3 some pictures cannot be decoded: their
+rows say so, all others have results.
 """
 
 import argparse
-import io
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mt_deepspeed.data.images import decode_image, to_picture
-from mt_deepspeed.data.shards import CaptionDataset
-from mt_deepspeed.pretrained import Guess, Pretrained, load
-from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.embeddings import write_embeddings
+from mt_deepspeed.pretrained import load
+from mt_deepspeed.pretrained_model import Guess, Pretrained
+from mt_deepspeed.questions import Question, pictures_in, question, read_rows, text_of
 
+SOME_FAILED = 3
+"""Exit code where pictures cannot be decoded."""
+ASKED = ("fill-mask", "answer", "entail", "compare")
+READERS = 4
+"""Threads that decode pictures."""
 
-@dataclass(frozen=True)
-class Filled:
-    """One picture whose caption had words masked."""
-
-    picture: Image.Image
-    text: str
-    """The caption with `<mask>` in it."""
-    answers: tuple[str, ...]
-    """The masked words."""
-    guesses: list[list[Guess]]
-    """For each mask the likeliest words, best first."""
+Result = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     args = _parse(arguments)
     try:
-        pretrained = load(args.model)
-        if args.image is not None:
-            with Image.open(args.image) as picture:
-                print_guesses(args.text, pretrained.fill_masks(picture, args.text, args.top))
-            return
-        filled, weights = fill_held_out(
-            pretrained, args.shards, args.split, args.num, _words(args.visual_words), args.top
-        )
-        for one in filled:
-            print_guesses(one.text, one.guesses, one.answers)
-        if args.out is not None:
-            draw(filled, weights, args.out)
-            print(f"picture: {args.out}")
+        failed = _predict(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if failed:
+        print(f"{failed} pictures could not be decoded; the output says which", file=sys.stderr)
+        sys.exit(SOME_FAILED)
 
 
-def fill_held_out(
-    pretrained: Pretrained, shards: Path, split: str, num: int, words: set[str], top: int
-) -> tuple[list[Filled], dict[str, Tensor]]:
-    """Masks up to two of `words` in captions of `num` pictures, spread over the split, and fills them.
+def _predict(args: argparse.Namespace) -> int:
+    """Does what is asked; returns how many pictures failed."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device here")
+    if args.what in ASKED:
+        questions = _questions(args)
+        model = load(args.model, args.device)
+        model.need(args.what)
+        return _write(ask(model, args.what, questions, args.top, args.batch_size), args.out)
+    texts = list(args.text or [])
+    if args.input is not None:
+        texts += read_rows(args.input, text_of)
+    pictures = pictures_in(args.images) if args.images else []
+    model = load(args.model, args.device)
+    if args.what == "embed":
+        return write_embeddings(model, batches(model, pictures, args.batch_size), texts, args.out)
+    model.need("rank")
+    return _write(rank(model, texts, pictures, args.by, args.top, args.batch_size), args.out)
 
-    Returns:
-        The filled captions, and the managers' mean weights `text`, `image` `[cross-modal layer, N]` (empty for
-        bridges).
+
+def _questions(args: argparse.Namespace) -> list[Question]:
+    if args.input is not None:
+        return read_rows(args.input, lambda row: question(row, args.what, args.input.parent))
+    image = args.image if args.what == "compare" else args.image[0]
+    return [question({"image": image, "text": args.text}, args.what, Path())]
+
+
+def batches(
+    model: Pretrained, pictures: Sequence[Path], batch_size: int
+) -> Iterator[tuple[list[Path], list[Tensor | str]]]:
+    """Files in batches, each with its pixels `[3, S, S]` or the reason why it has none."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(pictures), batch_size):
+            files = list(pictures[start : start + batch_size])
+            yield files, list(readers.map(lambda file: _pixels(model, file), files))
+
+
+def _pixels(model: Pretrained, file: Path) -> Tensor | str:
+    try:
+        return model.processor.pixels([file])[0]
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def ask(
+    model: Pretrained, what: str, questions: Sequence[Question], top: int, batch_size: int
+) -> Iterator[Result]:
+    """Each row with its result, or with the key `error` where a picture cannot be decoded, in order.
+
+    Raises:
+        ValueError: Texts whose `<mask>` lies behind what the model reads; before any work.
     """
-    dataset = CaptionDataset(shards, [split])
-    filled: list[Filled] = []
-    totals: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for index in (
-        np.linspace(0, dataset.num_pairs - 1, num=min(dataset.num_pairs, 8 * num)).astype(int).tolist()
-    ):
-        pair = dataset.pair(index)
-        text, answers = mask_words(pair.caption, words, at_most=2)
-        if not answers or pair.row in seen:
-            continue
-        seen.add(pair.row)
-        picture = to_picture(decode_image(dataset.image(pair.row).data))
-        record: dict[str, Tensor] = {}
-        guesses = pretrained.fill_masks(picture, text, top, record)
-        filled.append(Filled(picture, text, answers, guesses))
-        if pretrained.config.model.has_managers:
-            for key, table in manager_weights(record, pretrained.config.model.cross_modal.num_layers).items():
-                totals[key] = totals.get(key, torch.zeros_like(table)) + table
-        if len(filled) == num:
-            break
-    if not filled:
-        raise ValueError(f"{shards}: no caption of split {split} holds any of the visual words")
-    return filled, {key: table / len(filled) for key, table in totals.items()}
+    if what == "fill-mask":
+        _check_masks(model, questions)
+    per_row = 2 if what == "compare" else 1
+    pictures = [image for one in questions for image in one.images]
+    decoded = batches(model, pictures, batch_size * per_row)
+    for start, (_, pixels) in zip(range(0, len(questions), batch_size), decoded, strict=True):
+        rows = questions[start : start + batch_size]
+        parts = [pixels[per_row * i : per_row * (i + 1)] for i in range(len(rows))]
+        reasons = ["; ".join(one for one in part if isinstance(one, str)) for part in parts]
+        good = [i for i, reason in enumerate(reasons) if not reason]
+        results: list[Result] = [
+            {**row.given, "error": reason} for row, reason in zip(rows, reasons, strict=True)
+        ]
+        if good:
+            # NLVR2: all left pictures, then all right ones.
+            ordered = [parts[i][side] for side in range(per_row) for i in good]
+            stacked = torch.stack([one for one in ordered if isinstance(one, Tensor)])
+            found = _asked(model, what, stacked, [rows[i].text for i in good], top)
+            for i, result in zip(good, found, strict=True):
+                results[i] = {**rows[i].given, **result}
+        yield from results
 
 
-def mask_words(caption: str, words: set[str], at_most: int) -> tuple[str, tuple[str, ...]]:
-    """Replaces up to `at_most` of `words` in a caption, the last ones first, by `<mask>`."""
-    parts = caption.split()
-    places = [i for i, part in enumerate(parts) if part.strip(".,") in words][-at_most:]
-    answers = tuple(parts[i] for i in places)
-    return " ".join("<mask>" if i in places else part for i, part in enumerate(parts)), answers
+def _asked(model: Pretrained, what: str, pixels: Tensor, texts: list[str], top: int) -> list[Result]:
+    if what == "fill-mask":
+        rows = model.fill_masks(pixels, texts, top)
+        return [{"masks": [[_entry("word", guess) for guess in mask] for mask in row]} for row in rows]
+    found = model.classify(pixels, texts, top if what == "answer" else None)
+    if what == "answer":
+        return [{"answers": [_entry("answer", guess) for guess in row]} for row in found]
+    return [{"label": row[0].text, "probabilities": {g.text: g.probability for g in row}} for row in found]
 
 
-def print_guesses(text: str, guesses: list[list[Guess]], answers: tuple[str, ...] = ()) -> None:
-    """One line per text, one per mask."""
-    print(text)
-    for i, row in enumerate(guesses):
-        shown = ", ".join(f"{guess.word} {guess.probability:.2f}" for guess in row)
-        print(f"    mask {i + 1}: {shown}" + (f"   (answer: {answers[i]})" if answers else ""))
+def _entry(kind: str, guess: Guess) -> Result:
+    return {kind: guess.text, "probability": guess.probability}
 
 
-def draw(filled: list[Filled], weights: dict[str, Tensor], out: Path) -> None:
-    """Draws pictures, captions, guesses and manager weights into one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = len(filled)
-    figure = plt.figure(figsize=(11, 1.9 * rows + (2.6 if weights else 0)), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 2.6]) if weights else [figure]
-    axes = parts[0].subplots(rows, 2, squeeze=False, gridspec_kw={"width_ratios": [1, 4]})
-    for (left, right), one in zip(axes, filled, strict=True):
-        left.imshow(one.picture, interpolation="nearest")
-        left.set_axis_off()
-        right.set_axis_off()
-        _draw_guesses(right, one)
-    if weights:
-        grids = parts[1].subplots(1, len(weights), squeeze=False)[0]
-        for axis, (modality, table) in zip(grids, sorted(weights.items()), strict=True):
-            _draw_weights(axis, modality, table)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(buffer.getvalue())
+def _check_masks(model: Pretrained, questions: Sequence[Question]) -> None:
+    for row in questions:
+        if model.tokenizer.mask_id not in model.tokenizer.encode(row.text).ids:
+            raise ValueError(
+                f"text {row.text!r}: its <mask> lies behind the {model.config.data.max_text_len} tokens that the "
+                "model reads; shorten the text"
+            )
 
 
-def _draw_guesses(axis: Any, one: Filled) -> None:
-    axis.text(0, 0.95, one.text.replace("<mask>", "[ ? ]"), fontsize=12, va="top", weight="bold")
-    for i, (answer, guesses) in enumerate(zip(one.answers, one.guesses, strict=True)):
-        top = 0.68 - 0.38 * i
-        axis.text(0, top, f"[ ? ] {i + 1}: {answer}", fontsize=10, va="top", color="black")
-        for k, guess in enumerate(guesses):
-            colour = "tab:green" if guess.word == answer.strip(".,") else "tab:red" if k == 0 else "grey"
-            text = f"{guess.word} {guess.probability:.0%}"
-            axis.text(0.25 + 0.15 * k, top, text, fontsize=10, va="top", color=colour)
+def rank(
+    model: Pretrained, texts: Sequence[str], pictures: Sequence[Path], by: str, top: int, batch_size: int
+) -> Iterator[Result]:
+    """For each text its best pictures, or (`by` image) for each picture its best texts; then pictures that failed."""
+    blocks, files, failed = [], [], []
+    for names, pixels in batches(model, pictures, batch_size):
+        good = [(name, one) for name, one in zip(names, pixels, strict=True) if isinstance(one, Tensor)]
+        failed += [
+            {"image": str(name), "error": one}
+            for name, one in zip(names, pixels, strict=True)
+            if isinstance(one, str)
+        ]
+        if good:
+            files += [str(name) for name, _ in good]
+            blocks.append(model.scores(texts, torch.stack([one for _, one in good]), batch_size).cpu())
+    if blocks:
+        table = torch.cat(blocks, dim=1)
+        rows, columns = ("text", "image") if by == "text" else ("image", "text")
+        names_of = {"text": list(texts), "image": files}
+        best = (table if by == "text" else table.T).topk(min(top, len(names_of[columns])))
+        for name, numbers, values in zip(
+            names_of[rows], best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            entries = [
+                {columns: names_of[columns][number], "score": value}
+                for number, value in zip(numbers, values, strict=True)
+            ]
+            yield {rows: name, f"{columns}s": entries}
+    yield from failed
 
 
-def _draw_weights(axis: Any, modality: str, table: Tensor) -> None:
-    axis.imshow(table.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for (row, column), value in np.ndenumerate(table.numpy()):
-        axis.text(
-            column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black"
-        )
-    axis.set_title(f"manager weights, {modality}")
-    axis.set_xlabel("uni-modal layer, lowest of the top N first")
-    axis.set_ylabel("cross-modal layer")
-    axis.set_xticks(range(table.shape[1]), [str(i + 1) for i in range(table.shape[1])])
-    axis.set_yticks(range(table.shape[0]), [str(i + 1) for i in range(table.shape[0])])
+def _write(results: Iterator[Result], out: Path | None) -> int:
+    """Writes JSON lines as they come, or a table at the end; returns how many rows failed."""
+    failed = 0
+    rows: list[tuple[str, str, str]] = []
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if out is None else out.open("w", encoding="utf-8") as file:
+        for result in results:
+            failed += "error" in result
+            if file is None:
+                rows += _table_rows(result)
+            else:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    if out is None:
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        for image, text, shown in rows:
+            print(f"{image:{widths[0]}}  {text:{widths[1]}}  {shown}".rstrip())
+    return failed
 
 
-def _words(file: Path) -> set[str]:
-    return {word for words in json.loads(file.read_text("utf-8")).values() for word in words}
+def _table_rows(result: Result) -> list[tuple[str, str, str]]:
+    """Picture, text and what was found; a mask or a ranked picture each has a line."""
+    images = result.get("image", "")
+    image = ", ".join(Path(one).name for one in ([images] if isinstance(images, str) else images))
+    text = result.get("text", "")
+    if "error" in result:
+        return [(image, text, f"error: {result['error']}")]
+    if "images" in result:
+        return [(Path(one["image"]).name, text, f"{one['score']:.3f}") for one in result["images"]]
+    if "texts" in result:
+        return [(image, one["text"], f"{one['score']:.3f}") for one in result["texts"]]
+    if "probabilities" in result:
+        return [(image, text, _shown(result["probabilities"].items()))]
+    if "answers" in result:
+        return [(image, text, _shown((one["answer"], one["probability"]) for one in result["answers"]))]
+    return [
+        (image, text, _shown((one["word"], one["probability"]) for one in mask)) for mask in result["masks"]
+    ]
+
+
+def _shown(pairs: Any) -> str:
+    return ", ".join(f"{name} {probability:.2f}" for name, probability in pairs)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -172,19 +234,35 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, type=Path, help="exported model or run folder")
-    parser.add_argument("--image", type=Path, help="one picture, with --text")
-    parser.add_argument("--text", help="a text with <mask> in it")
-    parser.add_argument("--shards", type=Path, help="shard folder of held-out pictures")
-    parser.add_argument("--split", default="val", help="split of --shards (default: val)")
-    parser.add_argument("--num", type=int, default=6, help="pictures (default: 6)")
-    parser.add_argument("--visual-words", type=Path, help="JSON file: class -> words to mask")
-    parser.add_argument("--top", type=int, default=3, help="guesses per mask (default: 3)")
-    parser.add_argument("--out", type=Path, help="PNG to write")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join((*ASKED, "rank", "embed")))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in (*ASKED, "rank", "embed"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--model", required=True, type=Path, help="exported model or run folder")
+        verb.add_argument("--device", default=device, help="default: cuda if there is one, else cpu")
+        verb.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
+        verb.add_argument("--input", type=Path, help="JSONL file of rows")
+        if name in ASKED:
+            verb.add_argument("--image", nargs=2 if name == "compare" else 1, help="picture file")
+            verb.add_argument("--text", help="the question, sentence or text")
+        else:
+            verb.add_argument("--images", nargs="+", type=Path, help="folders of pictures, or files")
+            verb.add_argument("--text", nargs="+", help="texts")
+        if name == "rank":
+            verb.add_argument("--by", choices=("text", "image"), default="text", help="one ranking for each")
+        if name != "embed":
+            verb.add_argument("--top", type=int, default=5, help="results per row (default: 5)")
+        verb.add_argument("--out", type=Path, required=name == "embed", help="file to write")
     args = parser.parse_args(arguments)
-    one, many = args.image is not None and args.text is not None, args.shards is not None
-    if one == many or (many and args.visual_words is None):
-        parser.error("give --image and --text, or --shards and --visual-words")
+    if args.batch_size < 1 or getattr(args, "top", 1) < 1:
+        verbs.choices[args.what].error("--batch-size and --top must be at least 1")
+    asked, many = args.text is not None, args.input is not None
+    if args.what in ASKED and (asked == many or (args.image is not None) == many):
+        verbs.choices[args.what].error("give --image and --text, or --input")
+    if args.what == "rank" and not (args.images and (asked or many)):
+        verbs.choices[args.what].error("give --images, and texts with --text or --input")
+    if args.what == "embed" and not (args.images or asked or many):
+        verbs.choices[args.what].error("give --images, --text or --input")
     return args
 
 

@@ -1,4 +1,15 @@
-"""Sums a run up in one table: `python -m mt_deepspeed.show --run RUN [--evaluation FILE.json]`."""
+"""Shows what a run reached and what a model sees.
+
+    python -m mt_deepspeed.show run --run RUN [--evaluation FILE.json]
+
+run         a table: held-out accuracies with their chance levels, speed, memory
+masks       held-out pictures, captions with masked words, and what the model fills in
+managers    the weights that the managers give to the uni-modal layers, in each cross-modal layer
+attention   where in the picture a word looks, in each cross-modal layer
+ranking     for each text the pictures of a folder that fit best, as a contact sheet
+
+All but the first write a PNG to --out.
+"""
 
 import argparse
 import json
@@ -14,15 +25,50 @@ ITM_CHANCE = 0.5
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mt_deepspeed.show", description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run folder")
-    parser.add_argument("--evaluation", type=Path, help="what `mt_deepspeed.evaluate --out` wrote")
-    args = parser.parse_args(arguments)
+    args = _parse(arguments)
     try:
-        figures = json.loads(args.evaluation.read_text("utf-8")) if args.evaluation else {}
-        print(table(read_metrics(args.run), figures))
+        if args.what == "run":
+            figures = json.loads(args.evaluation.read_text("utf-8")) if args.evaluation else {}
+            print(table(read_metrics(args.run), figures))
+        else:
+            _draw(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from mt_deepspeed import drawings, sightings  # torch and matplotlib take seconds to import
+    from mt_deepspeed.predict import rank
+    from mt_deepspeed.pretrained import load
+    from mt_deepspeed.questions import pictures_in
+
+    model = load(args.model)
+    sizes = model.config.model
+    depths = {"text": sizes.text.num_layers, "image": sizes.vision.num_layers}
+    if args.what == "masks":
+        filled = sightings.fill_held_out(
+            model, args.shards, args.split, args.num, args.visual_words, args.top
+        )
+        for one in filled:
+            print(one)
+        weights = sightings.manager_tables(model, [(one.picture, one.text) for one in filled])
+        drawings.draw_masks(filled, weights, depths, args.out)
+    elif args.what == "managers":
+        alone = [(args.image, args.text)] if args.image else None
+        pairs = alone or sightings.held_out(args.shards, args.split, args.num)
+        weights = sightings.manager_tables(model, pairs)
+        drawings.draw_managers(weights, depths, len(pairs), args.out)
+    elif args.what == "attention":
+        picture = sightings.seen_picture(model, args.image)
+        maps = model.attention(args.image, args.text, args.word)
+        drawings.draw_attention(picture, maps, args.text, args.word, args.out)
+    else:
+        model.need("rank")
+        results = list(rank(model, args.text, pictures_in(args.images), "text", args.top, batch_size=32))
+        for failed in (one for one in results if "error" in one):
+            print(f"left out: {failed['error']}", file=sys.stderr)
+        drawings.draw_ranking([one for one in results if "error" not in one], args.out)
+    print(f"picture: {args.out}")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -75,6 +121,42 @@ def table(records: list[dict[str, Any]], figures: dict[str, float]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 4), *lines[1:]])
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mt_deepspeed.show",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="run|masks|managers|attention|ranking")
+    run = verbs.add_parser("run")
+    run.add_argument("--run", required=True, type=Path, help="run folder")
+    run.add_argument("--evaluation", type=Path, help="what `mt_deepspeed.evaluate --out` wrote")
+    for name in ("masks", "managers", "attention", "ranking"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--model", required=True, type=Path, help="exported model or run folder")
+        verb.add_argument("--out", required=True, type=Path, help="PNG to write")
+        if name in ("masks", "managers"):
+            verb.add_argument("--shards", type=Path, required=name == "masks", help="caption shards")
+            verb.add_argument("--split", default="val", help="split of --shards (default: val)")
+            verb.add_argument("--num", type=int, default=6 if name == "masks" else 64, help="pictures")
+        if name in ("managers", "attention"):
+            verb.add_argument("--image", type=Path, required=name == "attention", help="picture file")
+            verb.add_argument("--text", required=name == "attention", help="its text")
+    masks, attention, ranking = (verbs.choices[name] for name in ("masks", "attention", "ranking"))
+    masks.add_argument("--visual-words", type=Path, required=True, help="JSON file: class -> words to mask")
+    masks.add_argument("--top", type=int, default=3, help="guesses per mask (default: 3)")
+    attention.add_argument("--word", required=True, help="a word of the text")
+    ranking.add_argument(
+        "--images", nargs="+", type=Path, required=True, help="folders of pictures, or files"
+    )
+    ranking.add_argument("--text", nargs="+", required=True, help="texts")
+    ranking.add_argument("--top", type=int, default=6, help="pictures per text (default: 6)")
+    args = parser.parse_args(arguments)
+    if args.what == "managers" and not (args.shards or (args.image and args.text)):
+        verbs.choices["managers"].error("give --shards, or --image and --text")
+    return args
 
 
 if __name__ == "__main__":

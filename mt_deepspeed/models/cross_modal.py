@@ -3,6 +3,8 @@
 Shapes: B batch, L and K tokens, D hidden, H heads, T text tokens.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch.nn.functional as F
@@ -25,13 +27,23 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
         """Attends from `hidden` to `context`; `attend` is None or bool, broadcastable to `[B, H, L, K]`."""
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for part in (self.query(hidden_BLD), self.key(context_BKD), self.value(context_BKD))
-        )
+        query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
+        value = self._split(self.value(context_BKD))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
         return mixed.transpose(1, 2).flatten(2)
+
+    def weights(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
+        """The attention itself, `[B, H, L, K]`, which the fused kernel of `forward` never writes out."""
+        query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        if attend is not None:
+            scores = scores.masked_fill(~attend, float("-inf"))
+        return scores.softmax(dim=-1)
+
+    def _split(self, projected_BLD: Tensor) -> Tensor:
+        """`[B, H, L, D / H]`."""
+        return projected_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Output(nn.Module):
@@ -112,6 +124,23 @@ class CrossModalLayer(nn.Module):
         hidden = self.crossattention(hidden, other_BKD, other)
         result: Tensor = self.output(self.intermediate(hidden), hidden)
         return result
+
+
+@contextmanager
+def watched(layers: Sequence[CrossModalLayer]) -> Iterator[list[Tensor]]:
+    """A list that receives the layers' attention to the other modality, `[B, H, L, K]` each, as they run."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor | None], _: Tensor) -> None:
+        assert isinstance(module, Attention)
+        seen.append(module.weights(*inputs).detach())
+
+    hooks = [layer.crossattention.self.register_forward_hook(note) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Pooler(nn.Module):

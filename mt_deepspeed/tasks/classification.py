@@ -30,6 +30,8 @@ class ClassificationTask(nn.Module):
     head_name: str
     loss_name: str
     metric_name = "accuracy"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where the data set has fixed ones."""
     num_images = 1
 
     def __init__(self, config: RunConfig, heads: HeadsConfig) -> None:

@@ -22,6 +22,7 @@ class Nlvr2Task(ClassificationTask):
     """
 
     head_name, loss_name = "nlvr2_classifier", "nlvr2"
+    labels = ("false", "true")
     num_images = 2
 
     def __init__(self, config: RunConfig) -> None:

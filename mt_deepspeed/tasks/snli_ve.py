@@ -16,6 +16,7 @@ class SnliVETask(ClassificationTask):
     """Three classes: 0 contradiction, 1 neutral, 2 entailment. The text is the hypothesis alone."""
 
     head_name, loss_name = "snli_classifier", "snli"
+    labels = ("contradiction", "neutral", "entailment")
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, classifier_heads(config, snli_ve=True))

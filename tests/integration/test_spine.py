@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import mt_deepspeed
-from mt_deepspeed import build_tokenizer, export, predict, show
+from mt_deepspeed import build_tokenizer, export, show
 
 REPO = Path(__file__).parents[2]
 
@@ -156,8 +156,9 @@ def test_export_evaluate_predict_and_show(
     assert 0 < found["visual_chance"] < 1
     assert found["itm_loss"] > 0
     picture = shards / "predictions.png"
-    predict.main(
+    show.main(
         [
+            "masks",
             "--model",
             str(model),
             "--shards",
@@ -170,7 +171,7 @@ def test_export_evaluate_predict_and_show(
     )
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "mask 1:" in capsys.readouterr().out
-    show.main(["--run", str(run_dir), "--evaluation", str(figures)])
+    show.main(["run", "--run", str(run_dir), "--evaluation", str(figures)])
     shown = capsys.readouterr().out
     assert "ITM accuracy, held-out pairs" in shown
     assert "50.0%" in shown
@@ -184,10 +185,10 @@ def test_the_exported_model_is_the_run(shards: Path, run_dir: Path) -> None:
     assert "cross_modal_text_manager_tower.1.manager_layer.linear_controller.weight" in names
     model = mt_deepspeed.load(exported)
     image = next((shards / "raw" / "coco" / "val2014").glob("*.jpg"))
-    guesses = model.fill_masks(image, "a <mask> circle", top=3)
+    guesses = model.fill_mask(image, "a <mask> circle", top=3)
     assert len(guesses) == 1
     assert len(guesses[0]) == 3
-    assert guesses[0] == mt_deepspeed.load(run_dir).fill_masks(image, "a <mask> circle", top=3)[0]
+    assert guesses[0] == mt_deepspeed.load(run_dir).fill_mask(image, "a <mask> circle", top=3)[0]
     assert 0 <= float(model.match([image], ["a red circle"])[0]) <= 1
 
 
