@@ -18,7 +18,8 @@ from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.build import build
 from mt_deepspeed.engine.context import building
 from mt_deepspeed.planning.communication import Traffic, step_traffic
-from mt_deepspeed.planning.states import model_size, plannable_task
+from mt_deepspeed.planning.states import model_size
+from mt_deepspeed.tasks import build_task
 
 KINDS = {
     "all_reduce": "all_reduce",
@@ -74,7 +75,7 @@ def main() -> None:
 def measure(config: RunConfig, ds_config: dict[str, Any], place: launch.Place, accumulation: int) -> Traffic:
     """Traffic of the second step: the first one also sets things up."""
     with building(config, ds_config, place):
-        task = plannable_task(config)
+        task = build_task(config)
     session = build(config, ds_config, task, place)
     batches = [task.fake_batch(2, config.data.max_text_len) for _ in range(accumulation)]
     session.stepper.step(0, batches, {})

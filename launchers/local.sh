@@ -12,7 +12,7 @@ usage: bash launchers/local.sh [--processes N] [--dry-run] TRAINING ARGUMENTS ..
   --help         this text
 
 Everything else goes to mt_deepspeed.train, paths relative to the repository's root:
-  bash launchers/local.sh --preset managertower-base --deepspeed_config ds_configs/zero2.json \
+  bash launchers/local.sh --preset managertower-base --deepspeed_config ds_configs/zero1.json \
       --set data.root=/data/shards train.max_steps=1000
 TEXT
 }

@@ -1,6 +1,6 @@
 """Checks every node before a run starts: run folder, free space, shards, GPU, clock, versions.
 
-srun python -m mt_deepspeed.preflight --preset managertower-base --deepspeed_config ds_configs/zero2.json \
+srun python -m mt_deepspeed.preflight --preset managertower-base --deepspeed_config ds_configs/zero1.json \
         --set data.root=/data/shards run_dir=/scratch/runs/base
 
 `mt_deepspeed.train` does the same by itself when it starts. Exit code 0: all is well; 86: nodes are at fault, their

@@ -1,6 +1,6 @@
 """Pre-trains a model, or fine-tunes it for a task.
 
-deepspeed --module mt_deepspeed.train --preset managertower-base --deepspeed_config ds_configs/zero2.json \
+deepspeed --module mt_deepspeed.train --preset managertower-base --deepspeed_config ds_configs/zero1.json \
         --set data.root=/data/shards train.max_steps=1000
 srun python -m mt_deepspeed.train ...        # one task per rank
 python -m mt_deepspeed.train ...             # one process

@@ -1,6 +1,6 @@
-"""Kills ranks, nodes and the controller of a small SLURM cluster while a job trains, and looks at what is left of it.
+"""Kills and stops ranks, nodes and the controller of a small SLURM cluster while a job trains, and looks at the rest.
 
-    python tests/soak.py --minutes 20 --seed 0
+    python tests/soak.py --minutes 30 --faults 25 --seed 0 --steps 1000
 
 Not part of the test suite: it takes as long as it is told. It first makes an undisturbed run, then one of the same
 length to which something happens again and again, each fault at a random time: now during a start, now some steps
@@ -11,6 +11,8 @@ and the last checkpoint its parameters, bit for bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,13 +30,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script
 
-import itertools
-
 from tests.helpers.slurm_cluster import Cluster, missing_programs
 from tests.helpers.small_jobs import ROOT, TWO_NODES, VARIABLES, make_raw, make_shards, train_arguments
 
-SAVE_EVERY = 5
-WAIT_S = 1800.0
+SAVE_EVERY = 10
+WAIT_S = 600.0
+# A rank that hangs is found after these, in a step and in a start.
+LIMITS = ("resilience.step_timeout_s=20", "resilience.first_step_timeout_s=90")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -51,6 +53,18 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
 
 
 @dataclass
+class Fault:
+    """Something that was done to the job."""
+
+    kind: str
+    what: str
+    time: float
+    """Unix time."""
+    made: int = 0
+    """Records of steps when the job had stopped because of it."""
+
+
+@dataclass
 class Soak:
     """One disturbed job."""
 
@@ -59,7 +73,7 @@ class Soak:
     folder: Path
     steps: int
     rng: random.Random
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -68,30 +82,39 @@ class Soak:
     def submit(self, run_dir: Path) -> str:
         """A training job on two nodes; restarts at the same step are part of the plan."""
         length = [f"train.max_steps={self.steps}", f"checkpoint.every_steps={SAVE_EVERY}"]
-        arguments = train_arguments(self.shards, run_dir, *length, "resilience.max_idle_restarts=1000")
+        restarts = "resilience.max_idle_restarts=1000"
+        arguments = train_arguments(self.shards, run_dir, *length, *LIMITS, restarts)
         options = (*TWO_NODES, "--time=600", f"--output={run_dir}.out")
         return self.cluster.submit(ROOT / "slurm/pretrain.sbatch", *arguments, options=options, **VARIABLES)
 
     def disturb(self, job: str, until: float, most: int) -> None:
         """Faults, one after the other, until the time is over, there were enough, or the job has ended."""
-        kinds: list[Callable[[str], str]] = [
-            self._kill_rank,
-            self._kill_node,
-            self._kill_controller,
-            self._signal,
-        ]
-        while time.monotonic() < until and len(self.faults) < most:
+        kinds: dict[str, Callable[[str], str]] = {
+            "kill -9 of a rank": self._kill_rank,
+            "kill -9 of a node": self._kill_node,
+            "kill -9 of the controller": self._kill_controller,
+            "SIGUSR1 or SIGTERM": self._signal,
+            "SIGSTOP of a rank": self._stop_rank,
+        }
+        # Every kind once, then as it comes.
+        order = itertools.chain(kinds, iter(lambda: self.rng.choice(list(kinds)), None))
+        for kind in itertools.islice(order, most):
+            if time.monotonic() > until:
+                return
             if not self._wait_for_a_moment(job):
                 return
-            step = len({record["step"] for record in records(self.run_dir)})
             restarts = self._restarts(job)
-            every_kind_once = len(self.faults) < len(kinds)
-            kind = kinds[len(self.faults)] if every_kind_once else self.rng.choice(kinds)
-            what = kind(job)
-            self.faults.append(what)
-            print(f"{time.strftime('%H:%M:%S')} fault {len(self.faults)}: {what}, at step {step}", flush=True)
-            if kind != self._kill_controller:
+            fault = Fault(kind, "", time.time())
+            fault.what = kinds[kind](job)
+            self.faults.append(fault)
+            step = len({record["step"] for record in records(self.run_dir)})
+            print(
+                f"{time.strftime('%H:%M:%S')} fault {len(self.faults)}: {fault.what}, at step {step}",
+                flush=True,
+            )
+            if kinds[kind] != self._kill_controller:
                 self._wait_for_a_restart(job, restarts)
+            fault.made = len(records(self.run_dir))
 
     def _wait_for_a_restart(self, job: str, restarts: int) -> None:
         """A job that ends instead was hit after its last step."""
@@ -138,10 +161,17 @@ class Soak:
         self.cluster.start_controller()
         return f"kill -9 of the controller, away for {away_s:.0f} s"
 
+    def _stop_rank(self, job: str) -> str:
+        rank, pid = self.rng.choice(sorted(self.cluster.ranks(job).items()))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        return f"SIGSTOP of rank {rank}"
+
     def _signal(self, job: str) -> str:
         name = self.rng.choice(["USR1", "TERM"])
         for pid in self.cluster.ranks(job).values():
-            os.kill(pid, getattr(signal, f"SIG{name}"))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, f"SIG{name}"))
         return f"SIG{name} to the ranks"
 
     def _restarts(self, job: str) -> int:

@@ -126,12 +126,13 @@ class Meeting:
                 address,
                 int(os.environ["MASTER_PORT"]),
                 is_master=self.rank == 0 and not elastic,
-                timeout=limit,
+                timeout=limit / 2,  # a rank that finds no server waits twice, with a pause between
                 wait_for_workers=False,  # or it could not be said which ones are missing
                 multi_tenant=True,  # the process group that follows uses the same server
             )
         except (dist.DistError, RuntimeError) as error:
             raise MeetingError(f"rank 0 at {address} cannot be reached: {error}") from error
+        store.set_timeout(limit)
         _KEPT.append(store)
         self.store = dist.PrefixStore(f"mt_preflight/{attempt}", store)
 

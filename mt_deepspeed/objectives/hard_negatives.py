@@ -22,19 +22,12 @@ def draw_negatives(
     """One negative column per row.
 
     Rows whose weights all vanish draw uniformly from their negatives; the published code adds 1e-5 to every
-    column there, which may draw a positive.
+    column there, which may draw a positive. A row without a negative draws any column.
 
     Returns:
         int64 `[B]`.
-
-    Raises:
-        ValueError: A row has no negative.
     """
-    negatives = ~positives_BG
-    if not bool(negatives.any(dim=1).all()):
-        raise ValueError(
-            "hard negatives: a row has no negative (all columns show its image); use a larger batch"
-        )
+    negatives = ~positives_BG | positives_BG.all(dim=1, keepdim=True)
     empty = weights_BG.sum(dim=1, keepdim=True) <= 0
     weights = torch.where(empty, negatives.to(weights_BG.dtype), weights_BG)
     return torch.multinomial(weights, 1, generator=generator)[:, 0]

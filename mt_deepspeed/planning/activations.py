@@ -11,14 +11,12 @@ of one byte per element.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.precision import DTYPES
-from mt_deepspeed.planning.states import plannable_task
+from mt_deepspeed.kernels.manager_aggregation import using
+from mt_deepspeed.tasks import Ranks, build_task
 
 SIZES = (4, 12)
 """Micro-batches that are counted; memory grows by the same amount with every sample in between and beyond."""
@@ -50,17 +49,21 @@ class ActivationBytes:
 
 
 @lru_cache(maxsize=32)
-def activation_bytes(config: RunConfig, checkpointing: int, text_len: int) -> ActivationBytes:
+def activation_bytes(
+    config: RunConfig, checkpointing: int, text_len: int, world_size: int = 1
+) -> ActivationBytes:
     """Counts two micro-batch sizes on fake tensors and draws the line through them.
 
     Args:
         config: The run; task, model, objectives and `train.precision` count.
         checkpointing: As `train.activation_checkpointing`.
         text_len: Tokens of every text.
+        world_size: Ranks whose rows a loss over all of them brings together.
     """
     mode = FakeTensorMode()
     with mode:
-        task = plannable_task(config).train()
+        task = build_task(config, Ranks(0, lambda rows: torch.cat([rows.clone() for _ in range(world_size)])))
+    task.train()
     recompute(task.checkpointable_layers(), checkpointing, config.train.precision)
     peaks = []
     for size in SIZES:
@@ -90,8 +93,7 @@ def peak_bytes(task: nn.Module, batch: dict[str, Tensor], precision: str) -> int
         nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
     )
     # The managers' operator as on a GPU: by itself a CPU leaves the formula to autograd, which keeps more.
-    operator = patch.dict(os.environ, {"MT_KERNELS": "reference"})
-    with operator, _LiveBytes(batch) as count, _AsOnGpu(dtype):
+    with using("reference"), _LiveBytes(batch) as count, _AsOnGpu(dtype):
         with half:
             losses, report = task(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -185,18 +187,18 @@ class _AsOnGpu(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention keep: inputs, output, one float32 per query row. No numbers."""
+    """What flash and memory-efficient attention keep: inputs, output, one float32 per query row. All zero."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

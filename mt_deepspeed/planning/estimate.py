@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, ds_config: dict[str, Any] | None, cluster: Clus
     text_len = config.data.max_text_len
     size = model_size(config)
     choices = sorted({0, 1, config.train.activation_checkpointing})
-    activations = {every: activation_bytes(config, every, text_len) for every in choices}
+    activations = {every: activation_bytes(config, every, text_len, cluster.ranks) for every in choices}
     wanted = min(config.train.micro_batch_size, share)
     wanted = wanted if share % wanted == 0 else max(d for d in divisors(share) if d <= wanted)
     stages = [

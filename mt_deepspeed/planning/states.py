@@ -23,7 +23,6 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.ds_config import offload_device, zero_stage
 from mt_deepspeed.engine.optim import parameter_groups
 from mt_deepspeed.tasks import build_task
-from mt_deepspeed.tasks.pretrain import PretrainTask
 
 FP32 = 4
 ALIGNMENT = 2  # elements x ranks: DeepSpeed's nccl_start_alignment_factor
@@ -99,22 +98,10 @@ def model_size(config: RunConfig) -> ModelSize:
     )
 
 
-def plannable_task(config: RunConfig) -> PretrainTask:
-    """The task, if it can invent batches.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    task = build_task(config)
-    if not isinstance(task, PretrainTask):
-        raise ValueError(f"task={config.task}: found no fake_batch to plan with; task=pretrain has one")
-    return task
-
-
 def task_figures(config: RunConfig, text_len: int) -> tuple[float, float]:
     """FLOPs of a sample, forward and backward, and images that are decoded for it."""
     with torch.device("meta"):
-        task = plannable_task(config)
+        task = build_task(config)
         images = len(task.fake_batch(2, text_len)["pixels"]) / 2
     return task.flops_per_sample(text_len), images
 

@@ -14,6 +14,7 @@ from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
 Batch = dict[str, Tensor]
@@ -63,6 +64,10 @@ class ClassificationTask(nn.Module):
         """What each sample's likeliest class earns, and 1 where it counts at all: `[B]`, `[B]`."""
         raise NotImplementedError
 
+    def fake_labels(self, samples: int) -> Batch:
+        """Invented labels of B samples: the keys that `loss` and `points` read."""
+        raise NotImplementedError
+
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
         """Loss and metric of one micro-batch; keys as in `data.task_batches`."""
         logits_BC = self.logits(batch)
@@ -74,6 +79,13 @@ class ClassificationTask(nn.Module):
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Samples of one micro-batch."""
         return {self.loss_name: torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)}
+
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        images = samples * self.num_images
+        batch = noise_batch(self.model.config, samples, text_len, images)
+        batch["dataset_ids"] = torch.zeros(samples, dtype=torch.int64)
+        return batch | self.fake_labels(samples)
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and metric; remembers the managers' weights."""
@@ -117,9 +129,9 @@ class ClassificationTask(nn.Module):
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
 
-    def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
-        tokens = self._text_len or self.model.config.text.max_positions
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
+        tokens = text_len or self._text_len or self.model.config.text.max_positions
         images = self.num_images
         return 3 * forward_flops(self.model.config, tokens, images, images, 0, texts=1, pooled=images)
 

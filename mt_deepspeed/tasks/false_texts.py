@@ -14,6 +14,7 @@ from mt_deepspeed.models.heads import LinearHead, attach_heads
 from mt_deepspeed.models.partition import whole
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
+from mt_deepspeed.tasks.noise import noise_batch, noise_ids, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
 Batch = dict[str, Tensor]
@@ -85,6 +86,14 @@ class FalseTextsTask(nn.Module):
         rows = torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)
         return {"irtr": rows, "itm": rows}
 
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        false_images = samples // 2
+        batch = noise_batch(self.model.config, samples, text_len, samples + false_images)
+        choices = noise_ids(self.model.config, samples, 1 + self.config.num_false_texts, text_len)
+        batch |= {"choice_ids": choices, "choice_mask": torch.ones_like(choices)}
+        return batch | noise_matching(samples, false_images)
+
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies; recall is measured apart."""
         losses, report = self(batch)
@@ -104,9 +113,9 @@ class FalseTextsTask(nn.Module):
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
 
-    def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
-        tokens = self._text_len or self.model.config.text.max_positions
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
+        tokens = text_len or self._text_len or self.model.config.text.max_positions
         choices = 1 + self.config.num_false_texts
         return 3 * forward_flops(
             self.model.config,

@@ -52,6 +52,10 @@ class Nlvr2Task(ClassificationTask):
         """Mean cross-entropy."""
         return class_loss(logits_BC, batch["labels"])
 
+    def fake_labels(self, samples: int) -> Batch:
+        """True or not."""
+        return {"labels": torch.randint(2, (samples,))}
+
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """1 for a right answer."""
         return accuracy_points(logits_BC, batch["labels"])

@@ -15,6 +15,7 @@ from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
 from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.noise import noise_batch, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
 Batch = dict[str, Tensor]
@@ -114,31 +115,19 @@ class PretrainTask(nn.Module):
             samples: B.
             text_len: L; every text is that long.
         """
-        config = self.model.config
-        side, vocab, pad = config.vision.image_size, config.text.vocab_size, config.text.pad_token_id
         false_images = samples // 2 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0
-        ids_BL = torch.randint(pad + 1, vocab, (samples, text_len))
-        batch = {
-            "pixels": torch.randint(256, (samples + false_images, 3, side, side), dtype=torch.uint8),
-            "text_ids": ids_BL,
-            "text_mask": torch.ones_like(ids_BL),
-            "sample_ids": torch.arange(samples),
-        }
+        batch = noise_batch(self.model.config, samples, text_len, samples + false_images)
         if self.has_mlm:
+            ids_BL = batch["text_ids"]
             labels_BL = torch.full_like(ids_BL, IGNORED)
             masked = torch.arange(
                 1, min(text_len, 1 + max(1, round(self.objectives.mlm_probability * text_len)))
             )
             labels_BL[:, masked] = ids_BL[:, masked]
-            # Counted, not looked for: tensors without values, which a plan uses, have nothing to find.
             positions_M = (torch.arange(samples)[:, None] * text_len + masked).flatten()
             batch |= {"mlm_ids": ids_BL.clone(), "mlm_labels": labels_BL, "mlm_positions": positions_M}
         if self.has_itm:
-            index_B = torch.arange(samples)
-            index_B[:false_images] += samples if false_images else 0
-            labels_B = torch.ones(samples, dtype=torch.int64)
-            labels_B[: samples // 2] = 0
-            batch |= {"itm_image_index": index_B, "itm_labels": labels_B}
+            batch |= noise_matching(samples, false_images)
         return batch
 
     def eval_step(self, batch: Batch) -> Report:

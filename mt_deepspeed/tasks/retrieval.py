@@ -19,6 +19,7 @@ from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import ContrastiveResult, contrastive_loss
 from mt_deepspeed.objectives.hard_negatives import draw_negatives, negative_weights
 from mt_deepspeed.objectives.matching import matching_loss
+from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
 Batch = dict[str, Tensor]
@@ -113,6 +114,11 @@ class RetrievalTask(nn.Module):
         rows = torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)
         return {"itc": rows, "itm": 3 * rows}
 
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        batch = noise_batch(self.model.config, samples, text_len, samples)
+        return batch | {"image_ids": torch.arange(samples)}
+
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies within one evaluation batch; recall is measured apart.
 
@@ -135,9 +141,9 @@ class RetrievalTask(nn.Module):
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
 
-    def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
-        tokens = self._text_len or self.model.config.text.max_positions
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
+        tokens = text_len or self._text_len or self.model.config.text.max_positions
         return 3 * forward_flops(
             self.model.config, tokens, pairs=3, images=1, masked_tokens=0, texts=1, pooled=3
         )
@@ -171,8 +177,7 @@ def _negatives(logits_BG: Tensor, positives_BG: Tensor, columns: slice, drawn: b
     weights = negative_weights(logits_BG, positives_BG)[:, columns]
     positives = positives_BG[:, columns]
     if drawn:
-        alone_B1 = positives.all(dim=1, keepdim=True)
-        chosen_B = draw_negatives(weights, positives & ~alone_B1)
+        chosen_B = draw_negatives(weights, positives)
     else:
         chosen_B = weights.masked_fill(positives, -1.0).argmax(dim=1)
     return chosen_B, positives.gather(1, chosen_B[:, None])[:, 0].long()

@@ -1,5 +1,6 @@
 """Visual entailment: does the image contradict, leave open or entail the hypothesis? (SNLI-VE)"""
 
+import torch
 from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
@@ -24,6 +25,10 @@ class SnliVETask(ClassificationTask):
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
         return class_loss(logits_BC, batch["labels"])
+
+    def fake_labels(self, samples: int) -> Batch:
+        """Any of the three classes."""
+        return {"labels": torch.randint(3, (samples,))}
 
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """1 for a right answer."""

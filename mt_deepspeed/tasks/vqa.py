@@ -1,5 +1,6 @@
 """Visual question answering: soft scores over a fixed answer vocabulary (VQAv2)."""
 
+import torch
 from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
@@ -17,10 +18,15 @@ class VQATask(ClassificationTask):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, classifier_heads(config, vqa_answers=config.classifier.num_answers))
+        self.num_answers = config.classifier.num_answers
 
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Mean over questions, sum over answers."""
         return vqa_loss(logits_BC, batch["answer_scores"])
+
+    def fake_labels(self, samples: int) -> Batch:
+        """Any scores."""
+        return {"answer_scores": torch.rand(samples, self.num_answers)}
 
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The score of the likeliest answer; questions without published answers do not count."""

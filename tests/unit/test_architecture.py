@@ -35,7 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "mt_deepspeed.config",
     },
     "mt_deepspeed.engine": {"mt_deepspeed.config"},
-    "mt_deepspeed.planning": {"mt_deepspeed.config", "mt_deepspeed.engine", "mt_deepspeed.tasks"},
+    "mt_deepspeed.planning": {
+        "mt_deepspeed.config",
+        "mt_deepspeed.engine",
+        "mt_deepspeed.tasks",
+        "mt_deepspeed.kernels",
+    },
 }
 ENTRY_MODULES = "mt_deepspeed"  # the modules directly in this package: they put the rooms together
 

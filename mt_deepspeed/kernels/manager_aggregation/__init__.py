@@ -1,6 +1,7 @@
 """Manager aggregation: normalise experts, weigh them per channel or token, add the previous states.
 
-`manager_aggregation` is the one operator; `MT_KERNELS` or its argument `backend` chooses who computes it.
+`manager_aggregation` is the one operator; `MT_KERNELS`, the context `using` or its argument `backend` chooses who
+computes it.
 A backend is a module of this package with these functions (types in `protocol`):
 
     unsupported(experts: list[Tensor], num_previous: int) -> str | None
@@ -16,8 +17,9 @@ and a row in `dispatch.BACKENDS`. Its noise is that of `noise.philox_normal`, up
 backward are the arguments and the statistics. Nothing returned may share memory with an argument.
 """
 
+from mt_deepspeed.kernels.manager_aggregation.dispatch import using
 from mt_deepspeed.kernels.manager_aggregation.noise import Philox, philox_normal
 from mt_deepspeed.kernels.manager_aggregation.operator import expert_statistics, manager_aggregation
 from mt_deepspeed.kernels.manager_aggregation.reference import mixing_weights
 
-__all__ = ["manager_aggregation", "expert_statistics", "mixing_weights", "Philox", "philox_normal"]
+__all__ = ["manager_aggregation", "expert_statistics", "mixing_weights", "using", "Philox", "philox_normal"]

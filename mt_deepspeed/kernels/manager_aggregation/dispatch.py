@@ -1,4 +1,4 @@
-"""Which backend computes: the caller's wish, else `MT_KERNELS`, else the best for the device.
+"""Which backend computes: the caller's wish, else `using`'s, else `MT_KERNELS`, else the best for the device.
 
 A wish that cannot be granted is an error. Without one, what the fused backend of the device cannot do (float64,
 more than 24 experts, ...) is left to `reference`; on a CPU the operator leaves the formula to autograd.
@@ -8,6 +8,9 @@ Each choice is logged once.
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 
@@ -22,6 +25,18 @@ BACKENDS = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_imp
 
 VARIABLE = "MT_KERNELS"
 
+_used: ContextVar[str] = ContextVar("manager_aggregation_backend", default="")
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Inside, `backend` is asked for wherever no argument names one, whatever `MT_KERNELS` says."""
+    token = _used.set(backend)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
 
 def module(name: str) -> ModuleType:
     """The backend `name`."""
@@ -31,8 +46,8 @@ def module(name: str) -> ModuleType:
 
 
 def wish(backend: str | None) -> str | None:
-    """The backend asked for by argument or environment, None when it is left open (`auto`)."""
-    asked = backend or os.environ.get(VARIABLE) or "auto"
+    """The backend asked for by argument, `using` or environment, None when it is left open (`auto`)."""
+    asked = backend or _used.get() or os.environ.get(VARIABLE) or "auto"
     if asked != "auto" and asked not in BACKENDS:
         source = "backend" if backend else VARIABLE
         raise ValueError(f"{source}: found {asked!r}, expected auto or one of {sorted(BACKENDS)}")

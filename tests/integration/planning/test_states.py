@@ -14,7 +14,8 @@ from mt_deepspeed.engine.build import Session, build
 from mt_deepspeed.engine.checkpoint import take_snapshot
 from mt_deepspeed.engine.context import building
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.planning.states import checkpoint_bytes, model_size, plannable_task, state_bytes
+from mt_deepspeed.planning.states import checkpoint_bytes, model_size, state_bytes
+from mt_deepspeed.tasks import build_task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_model import tiny_config
 
@@ -87,7 +88,7 @@ def steps(place: Place) -> list[dict[str, int]]:
     for stage, accumulation in CASES:
         config = run_config(place.world_size, accumulation)
         with building(config, ds_config(stage), place):
-            task = plannable_task(config)
+            task = build_task(config)
         session = build(config, ds_config(stage), task, place)
         torch.manual_seed(place.rank)
         batches = [task.fake_batch(4, TEXT_LEN) for _ in range(accumulation)]
