@@ -122,7 +122,7 @@ class Dying:
             for module, name in [
                 (os, "replace"),
                 (os, "fsync"),
-                (durable, "_blocks"),
+                (durable, "save_file"),
                 (durable, "write_text"),
             ]:
                 wrap(module, name)
