@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, append, measured
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
-from mt_deepspeed.data.pipeline import TrainStream, eval_batches
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches, eval_texts
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.ds_config import load_ds_config
 from mt_deepspeed.engine.evaluate import evaluate_task
@@ -77,8 +77,8 @@ class BlindStream(TrainStream):
         return ([blind(batch, self._way) for batch in batches] for batches in super().steps(first_step))
 
 
-def one_run(place: Place, config: RunConfig, task: str, way: str) -> float:
-    """Trains; the figure of the last checkpoint on the tested split."""
+def one_run(place: Place, config: RunConfig, task: str, way: str) -> tuple[float, float]:
+    """Trains; the figure of the last checkpoint on the tested split, and that of chance."""
     check_start(config)
     stream = BlindStream(config, way)
     if stream.answers:
@@ -96,36 +96,34 @@ def one_run(place: Place, config: RunConfig, task: str, way: str) -> float:
         lambda: load_starting_weights(built, config),
     )
     last = load(max(Path(config.run_dir, "checkpoints").glob("step-*")))
-    tested = on_tested_split(config, task)
-    if task == "retrieval":
-        return retrieve(last, tested, place)[METRIC[task]]
-    batches = (blind(batch, way) for batch in eval_batches(tested, 0, 1, max_samples=0))
-    return evaluate_task(last.task, batches, place, "fp32")[METRIC[task]]
-
-
-def on_tested_split(config: RunConfig, task: str) -> RunConfig:
-    """The configuration with the tested split as its evaluation data."""
     split = DatasetConfig(path=config.data.eval[0].path, splits=(TESTED[task],))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
+    tested = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
+    if task == "retrieval":
+        image_ids = torch.cat([texts["image_ids"] for texts in eval_texts(tested)])
+        return retrieve(last, tested, place)[METRIC[task]], mean_recall_by_chance(image_ids.bincount())
+    batches = list(eval_batches(tested, 0, 1, max_samples=0))
+    seen = (blind(batch, way) for batch in batches)
+    return evaluate_task(last.task, seen, place, "fp32")[METRIC[task]], best_constant(batches)
 
 
-def chance(config: RunConfig, task: str) -> float:
-    """What the best constant answer gets on the tested split."""
-    batches = list(eval_batches(on_tested_split(config, task), 0, 1, max_samples=0))
-    if task == "vqa":
+def best_constant(batches: list[Batch]) -> float:
+    """What the best constant answer gets."""
+    if "answer_scores" in batches[0]:
         return float(torch.cat([batch["answer_scores"] for batch in batches]).mean(dim=0).max())
-    if task != "retrieval":
-        labels = torch.cat([batch["labels"] for batch in batches])
-        return float(labels.bincount().max() / len(labels))
-    images, texts = torch.cat([batch["image_ids"] for batch in batches]).bincount(), 0.0
-    total = int(images.sum())
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return float(labels.bincount().max() / len(labels))
+
+
+def mean_recall_by_chance(texts_I: Tensor) -> float:
+    """Of rankings drawn at random, given the number of texts of each image."""
+    found, total = 0.0, int(texts_I.sum())
     for k in (1, 5, 10):
         # Some text of the image among k of all; the image among k of all.
-        missed = torch.ones_like(images, dtype=torch.float64)
+        missed_I = torch.ones_like(texts_I, dtype=torch.float64)
         for drawn in range(k):
-            missed *= (total - images - drawn) / (total - drawn)
-        texts += float((1 - missed).mean()) + min(1.0, k / len(images))
-    return texts / 6
+            missed_I *= (total - texts_I - drawn) / (total - drawn)
+        found += float((1 - missed_I).mean()) + min(1.0, k / len(texts_I))
+    return found / 6
 
 
 def curve(run_dir: Path) -> str:
@@ -159,15 +157,15 @@ def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
         if way != "scratch":
             settings.append(f"checkpoint.init_from={args.pretrained.resolve()}")
         config = load_config(f"quickstart-{task}", (), [*settings, *args.set])
-        base, started = chance(config, task), time.process_time()
-        value = one_run(place, config, task, way)
+        started = time.process_time()
+        value, chance = one_run(place, config, task, way)
         row = {
             "task": task,
             "way": way,
             "seed": seed,
             "metric": METRIC[task],
             "value": round(value, 5),
-            "chance": round(base, 5),
+            "chance": round(chance, 5),
             "steps": config.train.max_steps,
             "curve": curve(Path(folder)),
             "cpu_s": round(time.process_time() - started, 1),

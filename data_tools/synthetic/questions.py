@@ -114,7 +114,7 @@ def _another(words: tuple[str, ...], word: str, draw: Draw) -> str:
     return draw.choice([other for other in words if other != word])
 
 
-# Statements about two pictures.
+# Statements about two pictures, in the words of captions.
 
 
 def state(left: Scene, right: Scene, draw: Draw, count: int) -> list[tuple[str, bool]]:
@@ -144,37 +144,37 @@ def _side(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     group = draw.choice(draw.choice((left, right)).groups)
     number = COUNTS[group.count - 1]
     shape = group.shape if group.count == 1 else SHAPES[group.shape]
-    text = f"The {side} image shows exactly {number} {group.colour} {shape}."
+    text = f"the {side} picture has {number} {group.colour} {shape} in it"
     return text, _holds(scene, group.colour, group.shape, group.count)
 
 
 def _colour_of_side(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     side, scene = draw.choice((("left", left), ("right", right)))
     colour = draw.choice(draw.choice((left, right)).groups).colour
-    return f"The {side} image contains something {colour}.", any(g.colour == colour for g in scene.groups)
+    return f"there is something {colour} in the {side} picture", any(g.colour == colour for g in scene.groups)
 
 
 def _both(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     group = draw.choice(draw.choice((left, right)).groups)
     if draw.chance(0.5):
         true = all(any(g.colour == group.colour for g in scene.groups) for scene in (left, right))
-        return f"Both images contain something {group.colour}.", true
+        return f"there is something {group.colour} in both pictures", true
     true = all(any(g.shape == group.shape for g in scene.groups) for scene in (left, right))
-    return f"There are {SHAPES[group.shape]} in both images.", true
+    return f"there are {SHAPES[group.shape]} in both pictures", true
 
 
 def _one(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     group = draw.choice(draw.choice((left, right)).groups)
     colour = draw.choice((group.colour, _another(tuple(COLOURS), group.colour, draw)))
     true = any(any((g.colour, g.shape) == (colour, group.shape) for g in s.groups) for s in (left, right))
-    return f"At least one of the images has a {colour} {group.shape}.", true
+    return f"at least one of the pictures has a {colour} {group.shape} in it", true
 
 
 def _more(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     totals = [sum(group.count for group in scene.groups) for scene in (left, right)]
     side, other = draw.choice((("left", "right"), ("right", "left")))
     true = totals[0] > totals[1] if side == "left" else totals[1] > totals[0]
-    return f"There are more shapes in the {side} image than in the {other} image.", true
+    return f"there are more shapes in the {side} picture than in the {other}", true
 
 
 # Sentence pairs: what a picture entails, contradicts, or leaves open.

@@ -1,6 +1,7 @@
 """Every task from its own synthetic layout: converted, fine-tuned with both eyes and blind, measured and tabled."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -86,4 +87,14 @@ def test_a_blind_batch_shows_nothing_of_what_it_hides(world: Path, task: str) ->
     assert image["text_ids"][0, :2].tolist() == load_tokenizer("tokenizer", world, 5).encode("").ids.tolist()
     assert (image["text_mask"].sum(dim=1) == 2).all()
     assert downstream.blind(batch, "pretrained") is batch
-    assert 0 < downstream.chance(config, task) < 1
+
+
+def test_chance() -> None:
+    labels = [{"labels": torch.tensor([0, 2, 2])}, {"labels": torch.tensor([1])}]
+    assert downstream.best_constant(labels) == 0.5
+    scores = [{"answer_scores": torch.tensor([[1.0, 0.3], [0.0, 0.9]])}]
+    assert downstream.best_constant(scores) == pytest.approx(0.6)
+    # Texts: 5 of 50, 5 and 10 of which are drawn; images: 10.
+    missed = [45 / 50, math.comb(45, 5) / math.comb(50, 5), math.comb(45, 10) / math.comb(50, 10)]
+    expected = (3 - sum(missed) + 0.1 + 0.5 + 1.0) / 6
+    assert downstream.mean_recall_by_chance(torch.full((10,), 5)) == pytest.approx(expected)
