@@ -29,7 +29,8 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, append, measured
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
-from mt_deepspeed.data.pipeline import TrainStream, eval_batches, eval_texts
+from mt_deepspeed.data.pipeline import TrainStream, eval_batches
+from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.ds_config import load_ds_config
 from mt_deepspeed.engine.evaluate import evaluate_task
@@ -39,8 +40,8 @@ from mt_deepspeed.engine.loop import train
 from mt_deepspeed.engine.watchdog import Watchdog
 from mt_deepspeed.evaluation.visual_words import GREY
 from mt_deepspeed.pretrained import keep_answers, load
+from mt_deepspeed.retrieval_evaluation import retrieve
 from mt_deepspeed.starting_weights import check_start, load_starting_weights
-from mt_deepspeed.task_evaluation import retrieve
 from mt_deepspeed.tasks import Ranks, build_task
 
 Batch = dict[str, Tensor]
@@ -99,8 +100,8 @@ def one_run(place: Place, config: RunConfig, task: str, way: str) -> tuple[float
     split = DatasetConfig(path=config.data.eval[0].path, splits=(TESTED[task],))
     tested = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
     if task == "retrieval":
-        image_ids = torch.cat([texts["image_ids"] for texts in eval_texts(tested)])
-        return retrieve(last, tested, place)[METRIC[task]], mean_recall_by_chance(image_ids.bincount())
+        texts_per_image = RetrievalItems(tested, 0, 1).image_of_text.bincount()
+        return retrieve(last, tested, place)[METRIC[task]], mean_recall_by_chance(texts_per_image)
     batches = list(eval_batches(tested, 0, 1, max_samples=0))
     seen = (blind(batch, way) for batch in batches)
     return evaluate_task(last.task, seen, place, "fp32")[METRIC[task]], best_constant(batches)

@@ -45,28 +45,9 @@ class PlainPretraining(nn.Module):
         """One complete joint pass: text features `[B, L, D]` and class features `[B, 2D]`."""
         model: Any = self.task.model
         away = (1.0 - mask.float())[:, None, None, :] * MASKED
-        experts = {
-            "text": torch.stack(model.text_experts(self._text(ids, away)), dim=1),
-            "image": torch.stack(model.image_experts(self._vision(pixels)), dim=1),
-        }
-        text, image = None, None
-        stages = zip(
-            model.links("text"),
-            model.links("image"),
-            model.cross_modal_text_layers,
-            model.cross_modal_image_layers,
-            strict=True,
-        )
-        # The published managers attend to padding; ours may leave it out, which is the same maths with a mask.
-        seen = away[:, 0] if model.config.mask_padding_in_managers else None
-        for text_link, image_link, text_layer, image_layer in stages:
-            text_in = _manage(text_link, experts["text"], text, image, None)
-            image_in = _manage(image_link, experts["image"], image, text, seen)
-            text = _cross_modal(text_layer, text_in, image_in, away, None)
-            image = _cross_modal(image_layer, image_in, text_in, None, away)
-        assert text is not None
-        poolers = model.cross_modal_text_pooler, model.cross_modal_image_pooler
-        return text, torch.cat([poolers[0](text), poolers[1](image)], dim=-1)
+        texts = torch.stack(model.text_experts(self._text(ids, away)), dim=1)
+        images = torch.stack(model.image_experts(self._vision(pixels)), dim=1)
+        return fuse_stacks(model, texts, images, mask)
 
     def _text(self, ids: Tensor, away: Tensor) -> list[Tensor]:
         tower: Any = self.task.model.text_transformer
@@ -93,6 +74,36 @@ class PlainPretraining(nn.Module):
             hidden = hidden + block.mlp(block.ln_2(hidden))
             states.append(hidden)
         return [visual.ln_post(state) for state in states[-tower.num_states :]]
+
+
+def fuse_stacks(model: Any, texts: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Managers and cross-modal layers: text features `[B, L, D]` and class features `[B, 2D]`.
+
+    Args:
+        model: A `TwoTowerModel` with managers of kind `aaue`.
+        texts: Projected layers with their embeddings, `[B, N, L, D]`.
+        images: As `texts`, `[B, N, P, D]`.
+        mask: `[B, L]`, 1 at tokens, 0 at padding.
+    """
+    away = (1.0 - mask.float())[:, None, None, :] * MASKED
+    # The published managers attend to padding; ours may leave it out, which is the same maths with a mask.
+    seen = away[:, 0] if model.config.mask_padding_in_managers else None
+    text, image = None, None
+    stages = zip(
+        model.links("text"),
+        model.links("image"),
+        model.cross_modal_text_layers,
+        model.cross_modal_image_layers,
+        strict=True,
+    )
+    for text_link, image_link, text_layer, image_layer in stages:
+        text_in = _manage(text_link, texts, text, image, None)
+        image_in = _manage(image_link, images, image, text, seen)
+        text = _cross_modal(text_layer, text_in, image_in, away, None)
+        image = _cross_modal(image_layer, image_in, text_in, None, away)
+    assert text is not None
+    poolers = model.cross_modal_text_pooler, model.cross_modal_image_pooler
+    return text, torch.cat([poolers[0](text), poolers[1](image)], dim=-1)
 
 
 def _attend(

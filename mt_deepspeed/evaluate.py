@@ -7,7 +7,7 @@ What comes out depends on what the model was trained for:
 - VQA: the soft score; with `--annotations`, the official accuracy by answer type; with `--predictions`, the file
   for the evaluation server, which `--questions` checks for completeness
 - SNLI-VE, NLVR2: accuracy on each split
-- retrieval: recall at 1, 5 and 10 in both directions, over all pairs
+- retrieval: recall at 1, 5 and 10 in both directions, over all pairs or, with `--top-k`, over shortlists
 
 Runs on one process, or on many under the `deepspeed` launcher or `srun`; every sample counts once.
 """
@@ -36,11 +36,11 @@ from mt_deepspeed.engine.runner import add_reports, to_device
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
 from mt_deepspeed.evaluation.vqa_accuracy import write_submission
 from mt_deepspeed.pretrained import Pretrained, load
+from mt_deepspeed.retrieval_evaluation import RetrievalOptions, retrieve
 from mt_deepspeed.task_evaluation import (
     check_questions,
     classify,
     official_accuracy,
-    retrieve,
     vqa_answers,
 )
 from mt_deepspeed.tasks.pretrain import PretrainTask
@@ -72,7 +72,7 @@ def _evaluate(
     pretrained: Pretrained, config: RunConfig, place: Place, args: argparse.Namespace
 ) -> dict[str, float]:
     if config.task == "retrieval" or args.retrieval:
-        return retrieve(pretrained, config, place)
+        return retrieve(pretrained, config, place, RetrievalOptions(args.top_k, args.cache_gib, args.keep))
     if config.task == "pretrain":
         return evaluate_pretrained(pretrained, config, place, args.visual_words, args.max_samples)
     classified = classify(pretrained, config, place, args.max_samples)
@@ -198,6 +198,21 @@ def _parse(arguments: list[str] | None) -> Any:
         "--visual-words", type=Path, help="JSON file: class -> words that only a picture tells"
     )
     parser.add_argument("--retrieval", action="store_true", help="recall of a model pre-trained with ITM")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="retrieval: score the K nearest by contrastive embedding, both ways; 0: all pairs (default)",
+    )
+    parser.add_argument(
+        "--cache-gib",
+        type=float,
+        default=16.0,
+        help="retrieval: memory for tower states per rank; more go to a file in $TMPDIR (default: 16)",
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="retrieval: folder for finished scores; a later run continues from it"
+    )
     parser.add_argument("--annotations", type=Path, help="VQA: the split's annotation file")
     parser.add_argument("--questions", type=Path, help="VQA: the split's question file")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Evaluation of fine-tuned models on all ranks: every sample once, predictions by id, recall over all pairs."""
+"""Evaluation of fine-tuned classifiers on all ranks: every sample once, predictions by id."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,22 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data_tools.sources.answers import normal_answer
 from data_tools.sources.json_stream import entries
 from mt_deepspeed.config import RunConfig
-from mt_deepspeed.data.pipeline import eval_answers, eval_batches, eval_images, eval_sample_ids, eval_texts
+from mt_deepspeed.data.pipeline import eval_answers, eval_batches, eval_sample_ids
 from mt_deepspeed.engine.evaluate import reduce_report
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import add_reports, to_device
-from mt_deepspeed.evaluation.recall import recall
 from mt_deepspeed.evaluation.sums import Report
 from mt_deepspeed.evaluation.vqa_accuracy import Asked, refuse_partial, vqa_accuracy
 from mt_deepspeed.pretrained import Pretrained
 from mt_deepspeed.tasks.classification import ClassificationTask, eval_set_names
-from mt_deepspeed.tasks.retrieval import match_scores
 
 T = TypeVar("T")
 
@@ -138,56 +135,3 @@ def _asked(annotations: Path) -> Iterator[Asked]:
             yield Asked(int(entry["question_id"]), people, str(entry.get("answer_type", "other")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: expected question_id, answers and answer_type: {error!r}") from error
-
-
-def retrieve(pretrained: Pretrained, config: RunConfig, place: Place) -> dict[str, float]:
-    """Recall over all pairs of the images and texts of `data.eval`; call on all ranks.
-
-    Raises:
-        ValueError: The model cannot match images and texts.
-    """
-    scores_IT, image_of_text_T = score_all_pairs(pretrained, config, place)
-    return recall(scores_IT, image_of_text_T)
-
-
-@torch.no_grad()
-def score_all_pairs(pretrained: Pretrained, config: RunConfig, place: Place) -> tuple[Tensor, Tensor]:
-    """The matching score of every image with every text, by brute force; call on all ranks.
-
-    Each rank encodes all texts and its share of the images, and fuses I x T / ranks pairs: exact, and meant for
-    small sets.
-
-    Returns:
-        Scores `[I, T]` float32 and the row of each text's image `[T]`, on the CPU, the same on all ranks.
-    """
-    task, model, device = pretrained.task, pretrained.task.model, place.device
-    if not (hasattr(task, "itm_score") or hasattr(task, "rank_output")):
-        raise ValueError(
-            "this model has no matching head (itm_score or rank_output): it cannot rank texts and images"
-        )
-    config = dataclasses.replace(config, task="retrieval", retrieval=pretrained.config.retrieval)
-    with autocast(config.train.precision, device):
-        texts = []
-        image_ids: list[int] = []
-        for batch in eval_texts(config):
-            on_device = to_device(batch, device)
-            mask = on_device["text_mask"]
-            texts.append((model.text_experts(model.encode_text(on_device["text_ids"], mask)), mask))
-            image_ids += batch["image_ids"].tolist()
-        rows: dict[int, Tensor] = {}
-        for batch in eval_images(config, place.rank, place.world_size):
-            if len(batch["image_ids"]) == 0:
-                continue
-            images = model.image_experts(model.encode_image(batch["pixels"].to(device)))
-            for number, image_id in enumerate(batch["image_ids"].tolist()):
-                scores = []
-                for experts, mask in texts:
-                    image = [expert[number : number + 1].expand(len(mask), -1, -1) for expert in images]
-                    fused = model.fuse_experts(experts, image, mask, pooled_from=0)
-                    scores.append(match_scores(task, fused.cls_feats))
-                rows[image_id] = torch.cat(scores).float().cpu()
-    merged = merge_by_id(rows)
-    row_of_image = {image_id: row for row, image_id in enumerate(merged)}
-    if row_of_image.keys() != set(image_ids):
-        raise AssertionError(f"{len(merged)} images were scored, {len(set(image_ids))} are there")
-    return torch.stack(list(merged.values())), torch.tensor([row_of_image[one] for one in image_ids])

@@ -9,7 +9,8 @@ resume is to start at another step, with any number of ranks and workers.
 
 import itertools
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
 
-from mt_deepspeed.config.run import DataConfig, RunConfig
+from mt_deepspeed.config.run import DataConfig, DatasetConfig, RunConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, Negatives
 from mt_deepspeed.data.corpus import Corpus, ReadAhead
 from mt_deepspeed.data.keyed import Purpose, keyed_bits
@@ -63,9 +64,9 @@ class TrainStream:
                 f"train.global_batch_size {train.global_batch_size} is no multiple of train.micro_batch_size "
                 f"{train.micro_batch_size} x {world_size} ranks"
             )
-        self._corpus, self._maker = _prepare(config, rank, world_size, training=True)
+        self._corpus, self._maker = prepare(config, rank, world_size, training=True)
         if config.data.eval:
-            _prepare(config, rank, world_size, training=False)
+            prepare(config, rank, world_size, training=False)
         if self._corpus.num_pairs < train.global_batch_size:
             raise ValueError(
                 f"data.train holds {self._corpus.num_pairs} pairs, fewer than train.global_batch_size "
@@ -148,7 +149,7 @@ class TrainStream:
             yield from now
 
     def _steps(self, first_step: int) -> Generator[list[Batch], None, None]:
-        batches = _produce(self._plans(first_step), self._maker, self._config.data)
+        batches = produce(self._plans(first_step), self._maker, self._config.data)
         accumulation = self._config.train.global_batch_size // (
             self._config.train.micro_batch_size * self._world_size
         )
@@ -181,7 +182,7 @@ def eval_batches(
         ValueError: Data, tokenizer and configuration do not fit together.
         ShardReadError: A sample cannot be read (while iterating).
     """
-    corpus, maker = _prepare(config, rank, world_size, training=False)
+    corpus, maker = prepare(config, rank, world_size, training=False)
     if max_samples is None:
         max_samples = config.train.eval_max_samples
     count = min(max_samples or corpus.num_pairs, corpus.num_pairs)
@@ -190,7 +191,7 @@ def eval_batches(
         _eval_plan(corpus, count, np.array_split(np.arange(i, min(i + rounds.step, count)), world_size)[rank])
         for i in rounds
     )
-    return (batch for batch, _ in _produce(plans, maker, config.data))
+    return (batch for batch, _ in produce(plans, maker, config.data))
 
 
 def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64]:
@@ -203,26 +204,6 @@ def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64
 def eval_answers(config: RunConfig) -> list[str]:
     """The answers that the labels of VQA evaluation data stand for."""
     return answer_vocabulary(config, _eval_corpus(config))
-
-
-def eval_texts(config: RunConfig) -> Iterator[Batch]:
-    """All texts of the evaluation data in order: `text_ids`, `text_mask`, `image_ids`, without images."""
-    corpus, maker = _prepare(config, 0, 1, training=False)
-    assert isinstance(maker, TaskBatchMaker)
-    size = config.train.micro_batch_size
-    for start in range(0, corpus.num_pairs, size):
-        yield maker.texts(np.arange(start, min(start + size, corpus.num_pairs)))
-
-
-def eval_images(config: RunConfig, rank: int, world_size: int) -> Iterator[Batch]:
-    """This rank's share of the images of the evaluation data: `pixels`, `image_ids`, each image once."""
-    corpus, maker = _prepare(config, rank, world_size, training=False)
-    assert isinstance(maker, TaskBatchMaker)
-    pairs = np.array_split(corpus.first_pairs(), world_size)[rank]
-    size = config.train.micro_batch_size
-    parts = (pairs[i : i + size] for i in range(0, len(pairs), size))
-    plans = (MicroBatch(part, part, part, part) for part in parts)
-    return (batch for batch, _ in _produce(plans, maker.images, config.data))
 
 
 def _eval_corpus(config: RunConfig) -> Corpus:
@@ -238,13 +219,15 @@ def _eval_plan(corpus: Corpus, count: int, positions_B: _Int64) -> MicroBatch:
     return MicroBatch(positions_B, pairs_B, corpus.offsets[dataset_B] + drawn_B, pairs_B)
 
 
-def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, Maker]:
+def prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tuple[Corpus, Maker]:
     """Opens the data and checks that data, tokenizer and configuration fit together."""
     data, objectives, pretraining = config.data, config.objectives, config.task == "pretrain"
     key = "data.train" if training else "data.eval"
     corpus = Corpus(data.train if training else data.eval, data.root, key, SCHEMA_OF_TASK[config.task])
     if corpus.weights and not training:
         raise ValueError("data.eval: weights have no meaning in evaluation; every pair is taken once")
+    if not training:
+        _refuse_repeats(data.eval)
     tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
     _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
     negatives: Negatives | None = objectives.itm_negatives if training and pretraining else "dataset"
@@ -273,6 +256,14 @@ def _prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> t
         return corpus, maker
     check_annotations(config, corpus, key, training)
     return corpus, TaskBatchMaker(config=config, maker=maker, training=training)
+
+
+def _refuse_repeats(datasets: Sequence[DatasetConfig]) -> None:
+    """Evaluation takes every sample once."""
+    named = Counter((dataset.path, split) for dataset in datasets for split in dataset.splits)
+    for (path, split), count in named.items():
+        if count > 1:
+            raise ValueError(f"data.eval: split {split!r} of {path} is named {count} times; name it once")
 
 
 def _has_random_matching(config: RunConfig) -> bool:
@@ -313,7 +304,7 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Made, None, None]:
+def produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Generator[Made, None, None]:
     """Makes the batches of `plans`, in order, by the workers the configuration asks for.
 
     Threads do well because decoding, resizing and tokenising run outside the interpreter's lock. Processes go

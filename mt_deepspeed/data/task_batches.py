@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mt_deepspeed.config.run import RunConfig
@@ -78,17 +77,6 @@ class TaskBatchMaker:
             return batch | self._retrieval(plan, samples)
         notes = [corpus.annotations(index) for index in plan.pairs.tolist()]
         return batch | (self._answers if task == "vqa" else self._labels)(samples, notes)
-
-    def texts(self, samples_K: NDArray[np.int64]) -> Batch:
-        """Texts [K] without their images."""
-        samples = [self.maker.corpus.sample(index) for index in samples_K.tolist()]
-        encoded = [self.maker.tokenizer.encode(sample.caption).ids for sample in samples]
-        length = self.maker.pad_to or max((len(one) for one in encoded), default=1)
-        return {
-            "text_ids": pad(encoded, length, self.maker.tokenizer.pad_id),
-            "text_mask": pad([np.ones_like(one) for one in encoded], length, 0),
-            "image_ids": self._image_ids(samples),
-        }
 
     def images(self, plan: MicroBatch) -> Made:
         """The images of pairs [B] without their texts."""

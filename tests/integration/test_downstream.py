@@ -13,7 +13,7 @@ from mt_deepspeed.config import load_config
 from mt_deepspeed.data.pipeline import eval_batches
 from mt_deepspeed.data.text import load_tokenizer, train_tokenizer
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.pretrained import Pretrained
+from mt_deepspeed.pretrained import Pretrained, save
 from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import VOCABULARY
 from tests.helpers.ranks import run_ranks
@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(["a large red circle", "two small blue squares"] * 20, root / "tokenizer", VOCABULARY)
     config = load_config("quickstart", (), [f"data.root={root}", *SETTINGS])
     tokenizer = load_tokenizer("tokenizer", root, config.data.max_text_len, special_in_text=True)
-    Pretrained(config, build_task(config), tokenizer, {}).save(root / "model")
+    save(Pretrained(config, build_task(config), tokenizer, {}), root / "model")
     return root
 
 

@@ -15,10 +15,9 @@ from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.pipeline import (
     TrainStream,
     eval_batches,
-    eval_images,
     eval_sample_ids,
-    eval_texts,
 )
+from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.data.shards import ShardReadError
 from mt_deepspeed.data.task_batches import SCHEMA_OF_TASK
 from mt_deepspeed.data.transforms import ImageTransform
@@ -97,15 +96,26 @@ def test_texts_of_one_image_share_its_number(root: Path) -> None:
     data = corpus(config)
     for batch in training_batches(config):
         assert batch["image_ids"].tolist() == [data.sample(i).row for i in batch["sample_ids"].tolist()]
-    texts = list(eval_texts(config))
-    captions = [caption for row in make_rows(5, seed=50) for caption in row["captions"]]
-    owners = [row for row, one in enumerate(make_rows(5, seed=50)) for _ in one["captions"]]
-    assert torch.cat([batch["image_ids"] for batch in texts]).tolist() == owners
-    assert sum(len(batch["text_ids"]) for batch in texts) == len(captions)
-    for world_size in (1, 2, 7):
-        shares = [list(eval_images(config, rank, world_size)) for rank in range(world_size)]
-        numbers = [int(i) for batches in shares for batch in batches for i in batch["image_ids"]]
-        assert sorted(numbers) == list(range(5))
+
+
+def test_retrieval_meets_every_image_and_text_once(root: Path) -> None:
+    items = RetrievalItems(task_config(root, "retrieval"), 0, 1)
+    rows = make_rows(5, seed=50)
+    owners = [row for row, one in enumerate(rows) for _ in one["captions"]]
+    assert items.image_of_text.tolist() == owners
+    assert (items.num_images, items.num_texts) == (5, len(owners))
+    pixels = torch.cat(list(items.pixels([[3, 1], [0, 2, 4]])))
+    transform = ImageTransform("albef", 16, train=False)
+    for row, image in enumerate([3, 1, 0, 2, 4]):
+        raw = decode_image(np.frombuffer(rows[image]["image"], dtype=np.uint8))
+        assert torch.equal(pixels[row], transform(raw, np.random.default_rng(0)))
+
+
+def test_a_split_named_twice_is_refused(root: Path) -> None:
+    twice = [{"path": "captions", "splits": ["val"]}, {"path": "captions", "splits": ["train", "val"]}]
+    config = task_config(root, "retrieval", data={"eval": twice})
+    with pytest.raises(ValueError, match="split 'val' of captions is named 2 times"):
+        RetrievalItems(config, 0, 1)
 
 
 def test_false_texts_belong_to_other_images(root: Path) -> None:

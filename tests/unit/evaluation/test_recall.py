@@ -1,12 +1,15 @@
 """Recall: equal to counting by hand, whatever the order; ties find nothing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mt_deepspeed.evaluation.recall import recall
+from mt_deepspeed.evaluation.recall import NOT_SCORED, recall
 
 
 def by_hand(scores: np.ndarray, image_of_text: np.ndarray, k: int) -> tuple[float, float]:
@@ -33,6 +36,62 @@ def test_equals_counting_by_hand_in_any_order(images: int, extra: int, seed: int
         torch.from_numpy(scores[rows][:, texts]), torch.from_numpy(np.argsort(rows)[image_of_text[texts]])
     )
     assert moved == pytest.approx(found)
+
+
+class Group:
+    """Ranks as threads that reduce tensors together."""
+
+    def __init__(self, size: int) -> None:
+        self.parts: list[torch.Tensor | None] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def reduced(self, rank: int, tensor: torch.Tensor, maximum: bool) -> torch.Tensor:
+        self.parts[rank] = tensor
+        self.barrier.wait()
+        stacked = torch.stack([part for part in self.parts if part is not None])
+        self.barrier.wait()
+        return stacked.max(dim=0).values if maximum else stacked.sum(dim=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    images=st.integers(1, 9),
+    extra=st.integers(0, 9),
+    ranks=st.integers(1, 4),
+    levels=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_rows_may_lie_on_any_rank_in_any_order(
+    images: int, extra: int, ranks: int, levels: int, seed: int
+) -> None:
+    """With ties, pairs left out, and ranks without a row."""
+    rng = np.random.default_rng(seed)
+    owners = torch.from_numpy(np.concatenate([np.arange(images), rng.integers(0, images, extra)]))
+    scores = torch.from_numpy(rng.integers(0, levels, (images, len(owners))).astype(np.float32))
+    scores[torch.from_numpy(rng.random(scores.shape) < 0.2)] = NOT_SCORED
+    wanted = recall(scores, owners)
+    group = Group(ranks)
+    shares = [torch.from_numpy(rows) for rows in np.array_split(rng.permutation(images), ranks)]
+
+    def one(rank: int) -> dict[str, float]:
+        return recall(
+            scores[shares[rank]],
+            owners,
+            shares[rank],
+            lambda tensor: group.reduced(rank, tensor, maximum=False),
+            lambda tensor: group.reduced(rank, tensor, maximum=True),
+        )
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for found in pool.map(one, range(ranks)):
+            assert found == pytest.approx(wanted)
+
+
+def test_pairs_left_out_are_never_found() -> None:
+    scores = torch.full((3, 3), NOT_SCORED)
+    scores[0, 0] = 1.0
+    found = recall(scores, torch.arange(3))
+    assert found["tr@10"] == found["ir@1"] == pytest.approx(1 / 3)
 
 
 def test_equal_scores_find_nothing() -> None:
