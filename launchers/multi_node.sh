@@ -48,9 +48,19 @@ fi
 case $launcher in srun | slurm | pdsh) ;; *) fail "--launcher '$launcher'" "give srun, slurm or pdsh" ;; esac
 
 cd "$REPO_ROOT"
+mkdir -p runs
+
+# hand_on: what deepspeed is to set on the nodes that it reaches by ssh, which takes no variables along.
+hand_on() {
+    export DS_ENV_FILE=$REPO_ROOT/runs/variables.$$
+    env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|SLURM_JOB_END_TIME|((MT|DS|HF|NCCL|GLOO|TOKENIZERS)_[A-Z_]*))=' \
+        >"$DS_ENV_FILE"
+}
+
 if [ -n "$hostfile" ]; then
     enter_environment
     require_package
+    hand_on
     run_or_show "$PYTHON" -m "$LAUNCHER_MODULE" --hostfile "$hostfile" \
         --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}
     exit
@@ -63,7 +73,6 @@ require mt_deepspeed deepspeed
 set_network
 slots=${slots:-${SLURM_GPUS_ON_NODE:-1}}
 hostfile=$REPO_ROOT/runs/hostfile.$SLURM_JOB_ID
-mkdir -p "$REPO_ROOT/runs"
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$slots/" >"$hostfile"
 master=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 
@@ -87,6 +96,7 @@ case $launcher in
             mt_deepspeed/train.py ${arguments[@]+"${arguments[@]}"}
         ;;
     pdsh)
+        hand_on
         run_or_show "$PYTHON" -m "$LAUNCHER_MODULE" --hostfile "$hostfile" --launcher pdsh "${master[@]}" \
             --module mt_deepspeed.train ${arguments[@]+"${arguments[@]}"}
         ;;
