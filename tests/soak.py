@@ -187,6 +187,30 @@ def lost_steps(made: list[dict[str, Any]]) -> list[int]:
     return [before - now + 1 for before, now in itertools.pairwise(steps) if now <= before]
 
 
+def table(faults: list[Fault], made: list[dict[str, Any]]) -> list[str]:
+    """Per kind of fault: how often, steps lost, seconds until the next new step; rows of Markdown."""
+    lines = [
+        "| fault | times | lost steps | seconds to the next step, median (longest) |",
+        "|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        own = [fault for fault in faults if fault.kind == kind and 0 < fault.made < len(made)]
+        lost = [int(made[fault.made - 1]["step"] - made[fault.made]["step"]) + 1 for fault in own]
+        waited = [made[fault.made]["time"] - fault.time for fault in own] or [0.0]
+        seconds = f"{statistics.median(waited):.0f} ({max(waited):.0f})"
+        times = sum(fault.kind == kind for fault in faults)
+        lines.append(f"| {kind} | {times} | {', '.join(map(str, lost))} | {seconds} |")
+    return lines
+
+
+def goodput(run_dir: Path) -> str:
+    """Shares of the wall-clock time, over all starts."""
+    account = json.loads((run_dir / "goodput.json").read_text("utf-8"))
+    total = sum(account["seconds"].values())
+    shares = (f"{name} {seconds / total:.1%}" for name, seconds in account["seconds"].items())
+    return f"{', '.join(shares)} of {total:.0f} s; {account['starts']} starts, {account['lost_steps']} steps lost"
+
+
 def differences(run_dir: Path, reference: Path, steps: int) -> list[str]:
     """How a run differs from the one that nothing happened to; empty: not at all."""
     import torch
@@ -222,13 +246,12 @@ def soak(folder: Path, minutes: float, seed: int, steps: int, most: int) -> list
     if state["JobState"] != "COMPLETED":
         return [f"the job ended as {state['JobState']}: {Path(f'{job.run_dir}.out')}"]
     made, wall_s = records(job.run_dir), time.time() - started
-    lost = lost_steps(made)
-    step_s = statistics.median(record["speed/step_s"] for record in made)
     print(f"{len(job.faults)} faults, {state['Restarts']} restarts, in {wall_s / 60:.1f} minutes")
+    print("\n".join(table(job.faults, made)))
+    lost = lost_steps(made)
     print(f"steps made {len(made)}, of them again {len(made) - steps}; lost at each restart: {lost}")
-    print(
-        f"goodput {steps * step_s / wall_s:.1%}: {steps} steps of {step_s:.3f} s (median) in {wall_s:.0f} s"
-    )
+    for name, run_dir in (("undisturbed", undisturbed), ("disturbed", job.run_dir)):
+        print(f"{name}: {goodput(run_dir)}")
     wrong = differences(job.run_dir, undisturbed, steps)
     if max(lost, default=0) > 2 * SAVE_EVERY:  # the newest checkpoint may have been on its way
         wrong.append(f"{max(lost)} steps lost at once, more than two intervals of {SAVE_EVERY}")

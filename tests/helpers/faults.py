@@ -17,7 +17,7 @@ from typing import Any
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.exit_codes import Exit
 from mt_deepspeed.engine.launch import Place
-from tests.helpers.ranks import PRELOAD, SERVER_ENV, free_port
+from tests.helpers.ranks import PRELOAD, SERVER_ENV, free_port, rank_environment
 from tests.helpers.runs import GLOBAL_BATCH, Case
 from tests.helpers.toy import Batch, ToyStream, make_batch, make_task
 
@@ -168,16 +168,7 @@ def _work(
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(
-        SERVER_ENV,
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        **environment,
-    )
+    os.environ.update(rank_environment(rank, world_size, port), **environment)
     import torch
 
     from mt_deepspeed.engine import launch, signals
