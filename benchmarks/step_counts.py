@@ -35,7 +35,7 @@ from mt_deepspeed.planning.states import plannable_task
 WITHOUT_FILES = ["model.text.pretrained=null", "model.vision.pretrained=null"]
 
 
-class _Plain(nn.Module):
+class PlainTask(nn.Module):
     """`PlainPretraining` in the form of a task."""
 
     def __init__(self, task: Any, config: RunConfig) -> None:
@@ -44,6 +44,7 @@ class _Plain(nn.Module):
         self.padding = config.data.max_text_len, config.model.text.pad_token_id
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses, and an empty report."""
         return self.plain(pad_texts(batch, *self.padding)), {}
 
 
@@ -58,19 +59,20 @@ def count(system: str, config: RunConfig, text_tokens: int | None = None) -> dic
     precision, every = config.train.precision, config.train.activation_checkpointing
     peaks = []
     for size in SIZES:
-        mode, task, batch = _on_fake_tensors(config, size, text_tokens)
+        mode, task, batch = on_fake_tensors(config, size, text_tokens)
         recompute(task.checkpointable_layers(), every, precision)
         with mode:
-            peaks.append(peak_bytes(_Plain(task, config) if system == "plain" else task, batch, precision))
+            peaks.append(peak_bytes(PlainTask(task, config) if system == "plain" else task, batch, precision))
     slope = (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
     fixed = peaks[0] - slope * SIZES[0]
     flops = _flops(system, config, text_tokens)
     return {"gflop": flops / 1e9, "mib": slope / 2**20, "mib_fixed": fixed / 2**20}
 
 
-def _on_fake_tensors(
+def on_fake_tensors(
     config: RunConfig, size: int, text_tokens: int | None
 ) -> tuple[FakeTensorMode, Any, dict[str, Tensor]]:
+    """The task and a batch of `size` samples without values, and the mode in which they live."""
     mode, real = FakeTensorMode(), make_batch(config, size, 0, text_tokens)
     with mode:
         task = plannable_task(config).train()
@@ -80,11 +82,11 @@ def _on_fake_tensors(
 def _flops(system: str, config: RunConfig, text_tokens: int | None) -> float:
     """Forward and backward, per sample; a pass of its own, since `peak_bytes` leaves attention out."""
     size = SIZES[0]
-    mode, task, batch = _on_fake_tensors(config, size, text_tokens)
+    mode, task, batch = on_fake_tensors(config, size, text_tokens)
     every = config.train.activation_checkpointing
     for layer in task.checkpointable_layers()[::every] if every else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    module = _Plain(task, config) if system == "plain" else task
+    module = PlainTask(task, config) if system == "plain" else task
     with mode, FlopCounterMode(display=False) as counter:
         losses, _ = module(batch)
         sum(losses.values()).backward()
