@@ -1,7 +1,12 @@
-"""Exports a run: `python -m mt_deepspeed.export --checkpoint RUN --out DIR`.
+"""Takes a model out of a run, or brings one in from elsewhere, as a folder that needs neither.
 
-Writes weights as safetensors in the published parameter names, configuration, tokenizer and picture settings,
-loads them back and compares the logits bit for bit before it says so.
+    python -m mt_deepspeed.export --checkpoint RUN --out DIR
+    python -m mt_deepspeed.export --checkpoint RUN --out DIR --format hf-bridgetower
+    python -m mt_deepspeed.export --checkpoint ManagerTower_ftfpt_base_vqav2.ckpt --answers SHARDS --out DIR
+
+The folder holds the weights as safetensors in the published parameter names, configuration, tokenizer and picture
+settings; `mt_deepspeed.load(DIR)` reads it without DeepSpeed. With `--format hf-bridgetower` it is what transformers
+reads (BridgeTower only). Either is loaded back, and its logits are compared, before this says that they are equal.
 """
 
 import argparse
@@ -9,41 +14,57 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from mt_deepspeed.export_hf import export_bridgetower
+from mt_deepspeed.foreign_models import is_foreign, load_foreign
 from mt_deepspeed.pretrained import load
 from mt_deepspeed.pretrained_model import Pretrained
+from mt_deepspeed.probe import probe
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mt_deepspeed.export", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    args = parser.parse_args(arguments)
+    args = _parse(arguments)
     try:
-        pretrained = load(args.checkpoint)
-        export(pretrained, args.out)
-    except ValueError as error:
+        _refuse_other_content(args.out)
+        if is_foreign(args.checkpoint):
+            pretrained, report = load_foreign(args.checkpoint, args.tokenizer, args.answers)
+            print(report)
+        elif args.tokenizer is not None or args.answers is not None:
+            raise ValueError(f"--checkpoint {args.checkpoint}: brings its own tokenizer and answers")
+        else:
+            pretrained = load(args.checkpoint)
+        if args.format == "hf-bridgetower":
+            differences, notes = export_bridgetower(pretrained, args.out)
+            print("".join(f"{note}\n" for note in notes), end="")
+            shown = "; ".join(f"{kind}: logits within {value:.1e}" for kind, value in differences.items())
+        else:
+            export(pretrained, args.out)
+            shown = "logits of the reloaded model are equal"
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     files = sorted(file.name for file in args.out.iterdir())
     size_mib = sum((args.out / file).stat().st_size for file in files) / 2**20
-    print(
-        f"exported to {args.out}: {', '.join(files)} ({size_mib:.1f} MiB); logits of the reloaded model are equal"
-    )
+    print(f"exported to {args.out}: {', '.join(files)} ({size_mib:.1f} MiB); {shown}")
+
+
+def _refuse_other_content(out: Path) -> None:
+    if out.exists() and (
+        not out.is_dir() or (any(out.iterdir()) and not (out / "model.safetensors").exists())
+    ):
+        raise ValueError(f"--out {out}: is not empty and holds no exported model; choose another folder")
 
 
 def export(pretrained: Pretrained, out: Path) -> None:
     """Writes `out` and proves it.
 
     Raises:
-        ValueError: `out` holds something else, or the reloaded model computes other logits.
+        ValueError: The reloaded model computes other logits.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "model.safetensors").exists():
-        raise ValueError(f"--out {out}: is not empty and holds no exported model; choose another folder")
     pretrained.save_pretrained(out)
-    reloaded = probe_logits(load(out))
-    for name, before in probe_logits(pretrained).items():
+    batch = probe(pretrained)
+    reloaded = load(out)(**batch)
+    for name, before in pretrained(**batch).items():
         after = reloaded[name]
         if not torch.equal(before, after):
             raise ValueError(
@@ -51,26 +72,25 @@ def export(pretrained: Pretrained, out: Path) -> None:
             )
 
 
-def probe_logits(pretrained: Pretrained) -> dict[str, Tensor]:
-    """What every head makes of fixed random input; see `inference.outputs`."""
-    return pretrained(**probe(pretrained))
-
-
-def probe(pretrained: Pretrained) -> dict[str, Tensor]:
-    """Two texts of random tokens and as many random pictures as the task takes for them."""
-    generator = torch.Generator().manual_seed(0)
-    model, data = pretrained.config.model, pretrained.config.data
-    length = min(8, data.max_text_len)
-    ids = torch.randint(4, model.text.vocab_size, (2, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if data.padding == "longest":  # then padding must not matter, so that it may be there
-        ids[1, length // 2 :], mask[1, length // 2 :] = model.text.pad_token_id, 0
-    side, images = model.vision.image_size, 4 if pretrained.config.task == "nlvr2" else 2
-    return {
-        "text_ids": ids,
-        "text_mask": mask,
-        "pixels": torch.randn(images, 3, side, side, generator=generator),
-    }
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mt_deepspeed.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="run folder, one of its checkpoints, an exported model, a published .ckpt, or a transformers BridgeTower",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--format", choices=("mt-deepspeed", "hf-bridgetower"), default="mt-deepspeed")
+    parser.add_argument("--tokenizer", help="published .ckpt: folder or hub name; default: the one it names")
+    parser.add_argument(
+        "--answers", type=Path, help="published VQA .ckpt: VQAv2 shards, or a JSON file of its answers"
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

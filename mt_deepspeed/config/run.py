@@ -60,6 +60,8 @@ class ObjectivesConfig:
     mlm_probability: float = 0.15
     """Share of (whole words') tokens that are masked."""
     whole_word_masking: bool = True
+    mlm_layer_norm_eps: float = 1e-12
+    """Epsilon of the vocabulary head's LayerNorm; models from `transformers` have another."""
     itm_negatives: Literal["dataset", "in_batch"] = "dataset"
     """`dataset`: a uniformly drawn other image of the same data set; `in_batch`: another image of the micro-batch."""
 
@@ -82,9 +84,10 @@ class ClassifierConfig:
 class RetrievalConfig:
     """How retrieval is fine-tuned."""
 
-    objective: Literal["itc_itm", "false_texts"] = "itc_itm"
+    objective: Literal["itc_itm", "false_texts", "three_way"] = "itc_itm"
     """`itc_itm`: contrastive loss, and matching with negatives drawn by contrastive similarity;
-    `false_texts`: each image's own text among false ones, and matching with random images."""
+    `false_texts`: each image's own text among false ones, and matching with random images;
+    `three_way`: contrastive losses between texts, images and fused pairs, as `transformers` has it."""
     negatives: Literal["global", "local"] = "global"
     """`itc_itm`: hard negatives come from the micro-batches of all ranks, or from the rank's own."""
     num_false_texts: int = 15

@@ -1,4 +1,4 @@
-"""Model configurations of published checkpoints: the reference code's options, Hugging Face BridgeTower."""
+"""Model configurations of published checkpoints: the reference code's options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,12 +46,21 @@ def from_published_checkpoint(path: Path) -> ForeignSetup:
     Raises:
         ValueError: Not such a file, or an option that is not supported.
     """
+    return from_reference(published_options(path))
+
+
+def published_options(path: Path) -> dict[str, Any]:
+    """The options that a published `.ckpt` carries.
+
+    Raises:
+        ValueError: Not such a file.
+    """
     content = read_torch_file(path)
     hyper = content.get("hyper_parameters") if isinstance(content, dict) else None
     options = hyper.get("config") if isinstance(hyper, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{path}: found no hyper_parameters['config'], expected a published checkpoint")
-    return from_reference(options)
+    return options
 
 
 def from_reference(options: Options, sizes: Options | None = None) -> ForeignSetup:
@@ -66,12 +75,12 @@ def from_reference(options: Options, sizes: Options | None = None) -> ForeignSet
         ValueError: An option that is not supported.
     """
     sizes = sizes or {}
-    is_manager = _one_of(options, "model_type", {"MT": True, "BT": False})
+    is_manager = one_of(options, "model_type", {"MT": True, "BT": False})
     text, vision = _reference_text(options, sizes), _reference_vision(options, sizes)
     unused: tuple[str, ...] = ()
     if not is_manager:
         # The reference advances both towers together, as many layers as the text tower has.
-        vision, unused = _cut_vision(vision, text.num_layers)
+        vision, unused = cut_vision(vision, text.num_layers)
     cross = _reference_cross_modal(options, sizes)
     link_sizes = sizes.get("managers" if is_manager else "bridges", {})
     model = ModelConfig(
@@ -87,70 +96,24 @@ def from_reference(options: Options, sizes: Options | None = None) -> ForeignSet
     return ForeignSetup(model, heads, unused)
 
 
-def from_hf_bridgetower(config: Options, architecture: str) -> ForeignSetup:
-    """Reads a Hugging Face BridgeTower configuration.
-
-    Args:
-        config: `config.json`, values that are absent take the library's defaults.
-        architecture: Class name, e.g. `BridgeTowerForMaskedLM`; it decides the heads.
+def one_of(options: Options, key: str, known: Mapping[str, Any]) -> Any:
+    """What the value of an option means here.
 
     Raises:
-        ValueError: An option that is not supported.
+        ValueError: It is none of the known ones.
     """
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    eps, size = config.get("layer_norm_eps", 1e-5), config.get("hidden_size", 768)
-    if config.get("tie_word_embeddings", False):
-        raise ValueError("tie_word_embeddings: found true, expected false (a decoder of its own)")
-    tower = _hf_text(text)
-    if tower.hidden_size != size:
-        raise ValueError(f"hidden_size {size}: the library's model needs text_config.hidden_size equal to it")
-    image_tower, unused = _cut_vision(_hf_vision(vision), tower.num_layers)
-    model = ModelConfig(
-        text=tower,
-        vision=image_tower,
-        cross_modal=CrossModalConfig(
-            hidden_size=size,
-            num_layers=config.get("num_hidden_layers", 6),
-            num_heads=tower.num_heads,  # the library builds its cross-modal layers from text_config
-            intermediate_size=tower.intermediate_size,
-            hidden_act=tower.hidden_act,
-            layer_norm_eps=tower.layer_norm_eps,
-            dropout=tower.dropout,
-            shared_transform=config.get("share_cross_modal_transformer_layers", True),
-        ),
-        link=LinkConfig(
-            kind=_one_of(
-                {"link_tower_type": "add", **config},
-                "link_tower_type",
-                {
-                    "add": "bridge_add",
-                    "scaled_add": "bridge_scaled_add",
-                    "interpolate": "bridge_interpolate",
-                },
-            ),
-            layer_norm_eps=eps,
-            shared=config.get("share_link_tower_layers", False),
-        ),
-    )
-    contrastive = architecture == "BridgeTowerForContrastiveLearning"
-    heads = HeadsConfig(
-        mlm=architecture == "BridgeTowerForMaskedLM",
-        mlm_layer_norm_eps=eps,
-        mlm_hidden_act=config.get("hidden_act", "gelu"),
-        itm=architecture == "BridgeTowerForImageAndTextRetrieval",
-        fused_itc_size=config.get("contrastive_hidden_size", 512) if contrastive else None,
-    )
-    return ForeignSetup(model, heads, unused)
-
-
-def _one_of(options: Options, key: str, known: Mapping[str, Any]) -> Any:
     value: Any = options.get(key)
     if value not in known:
         raise ValueError(f"{key}: found {value!r}, expected one of {', '.join(known)}")
     return known[value]
 
 
-def _cut_vision(vision: VisionTowerConfig, depth: int) -> tuple[VisionTowerConfig, tuple[str, ...]]:
+def cut_vision(vision: VisionTowerConfig, depth: int) -> tuple[VisionTowerConfig, tuple[str, ...]]:
+    """A vision tower of `depth` layers, and patterns of the layers that are cut off; bridges advance both alike.
+
+    Raises:
+        ValueError: It has fewer.
+    """
     if vision.num_layers < depth:
         raise ValueError(
             f"bridges: the vision tower has {vision.num_layers} layers, "
@@ -163,7 +126,7 @@ def _cut_vision(vision: VisionTowerConfig, depth: int) -> tuple[VisionTowerConfi
 
 
 def _reference_text(options: Options, sizes: Options) -> TextTowerConfig:
-    text: Options = sizes.get("text_encoder") or _one_of(options, "tokenizer", _TEXT)
+    text: Options = sizes.get("text_encoder") or one_of(options, "tokenizer", _TEXT)
     if text.get("type", "roberta") != "roberta":
         raise ValueError(f"text_encoder.type: found {text['type']!r}, expected 'roberta'")
     width = text["hidden_size"]
@@ -182,7 +145,7 @@ def _reference_text(options: Options, sizes: Options) -> TextTowerConfig:
 
 
 def _reference_vision(options: Options, sizes: Options) -> VisionTowerConfig:
-    vision = sizes.get("vision_encoder") or _one_of(options, "vit", _VISION)
+    vision = sizes.get("vision_encoder") or one_of(options, "vit", _VISION)
     return VisionTowerConfig(
         image_size=options["image_size"],
         patch_size=vision.get("patch_size", options["patch_size"]),
@@ -215,10 +178,10 @@ def _reference_link(options: Options, sizes: Options, is_manager: bool) -> LinkC
     if not is_manager:
         return LinkConfig(kind="bridge_add", layer_norm_eps=eps)
     return LinkConfig(
-        kind=_one_of(options, "manager_type", {"SAUE": "saue", "AAUE": "aaue"}),
+        kind=one_of(options, "manager_type", {"SAUE": "saue", "AAUE": "aaue"}),
         num_text_experts=options["managed_layers_text"],
         num_image_experts=options["managed_layers_image"],
-        weight=_one_of(options, "manager_weight_type", {"vector": "vector", "scalar": "scalar"}),
+        weight=one_of(options, "manager_weight_type", {"vector": "vector", "scalar": "scalar"}),
         temperature=options["manager_softmax_temperature"],
         learnable_temperature=options["manager_softmax_temperature_learnable"],
         learnable_weight=options["manager_learnable"],
@@ -242,35 +205,4 @@ def _reference_heads(options: Options, cross: CrossModalConfig) -> HeadsConfig:
         snli_ve="snli" in active,
         classifier_layers=options["task_head_layers"],
         classifier_scale=options["head_hidden_scale"],
-    )
-
-
-def _hf_text(text: Options) -> TextTowerConfig:
-    hidden, attention = text.get("hidden_dropout_prob", 0.1), text.get("attention_probs_dropout_prob", 0.1)
-    if hidden != attention:
-        raise ValueError(f"text_config: hidden and attention dropout differ ({hidden}, {attention})")
-    return TextTowerConfig(
-        vocab_size=text.get("vocab_size", 50265),
-        hidden_size=text.get("hidden_size", 768),
-        num_layers=text.get("num_hidden_layers", 12),
-        num_heads=text.get("num_attention_heads", 12),
-        intermediate_size=text.get("intermediate_size", 3072),
-        max_positions=text.get("max_position_embeddings", 514),
-        type_vocab_size=text.get("type_vocab_size", 1),
-        pad_token_id=text.get("pad_token_id", 1),
-        hidden_act=text.get("hidden_act", "gelu"),
-        layer_norm_eps=text.get("layer_norm_eps", 1e-5),
-        dropout=hidden,
-    )
-
-
-def _hf_vision(vision: Options) -> VisionTowerConfig:
-    width = vision.get("hidden_size", 768)
-    return VisionTowerConfig(
-        image_size=vision.get("image_size", 288),
-        patch_size=vision.get("patch_size", 16),
-        width=width,
-        num_layers=vision.get("num_hidden_layers", 12) - bool(vision.get("remove_last_layer", False)),
-        num_heads=width // 64,
-        layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
     )

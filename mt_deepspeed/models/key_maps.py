@@ -36,6 +36,15 @@ _HF_BRIDGETOWER = (
     (r"^text_model\.", "text_transformer."),
 )
 
+_VISION = r"^vit_model\.visual\."
+_TO_HF_BRIDGETOWER = (
+    (_VISION + "class_embedding$", "vision_model.visual.embeddings.class_embedding"),
+    (_VISION + r"conv1\.", "vision_model.visual.embeddings.patch_embedding."),
+    (_VISION + "positional_embedding$", "vision_model.visual.embeddings.position_embedding.weight"),
+    (_VISION, "vision_model.visual."),
+    (r"^text_transformer\.", "text_model."),
+)
+
 _ROBERTA = ((r"^roberta\.", ""), (r"^(embeddings|encoder|pooler)\.", r"text_transformer.\1."))
 
 _CLIP = ((r"^visual\.", "vit_model.visual."),)
@@ -74,6 +83,17 @@ def own_name(name: str, layout: str) -> str:
     for pattern, replacement in _RULES[layout]:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def hf_bridgetower_name(name: str) -> str | None:
+    """The inverse of `own_name` for transformers' BridgeTower; None for a head that it does not have."""
+    if name.startswith(("mlm_score.", "itm_score.", "itc_")) or name == "logit_scale":
+        return name
+    if name == "temperature" or matches(name, ("rank_output.*", "*_classifier.*", "cross_modal_itc_*")):
+        return None
+    for pattern, replacement in _TO_HF_BRIDGETOWER:
+        name = re.sub(pattern, replacement, name)
+    return f"bridgetower.{name}"
 
 
 def plain_name(name: str) -> str:

@@ -62,14 +62,21 @@ def contrastive_loss(
 
 
 def three_way_contrastive_loss(
-    text_BD: Tensor, image_BD: Tensor, fused_BD: Tensor, logit_scale: Tensor
+    text_BD: Tensor,
+    image_BD: Tensor,
+    fused_BD: Tensor,
+    logit_scale: Tensor,
+    gather: Callable[[Tensor], Tensor] = _identity,
+    first_row: int = 0,
 ) -> Tensor:
     """Contrastive loss of the Hugging Face port of BridgeTower.
 
     Mean of text-image, text-fused and image-fused cross-entropies, each in one direction; similarities are
-    multiplied by `exp(logit_scale)`. Embeddings have unit length; `logit_scale` is `[1]`.
+    multiplied by `exp(logit_scale)`. Embeddings have unit length; `logit_scale` is `[1]`; `gather` and `first_row`
+    as in `contrastive_loss`.
     """
-    labels = torch.arange(text_BD.shape[0], device=text_BD.device)
-    pairs = ((text_BD, image_BD), (text_BD, fused_BD), (image_BD, fused_BD))
+    labels = torch.arange(first_row, first_row + text_BD.shape[0], device=text_BD.device)
+    all_images, all_fused = gather(image_BD), gather(fused_BD)
+    pairs = ((text_BD, all_images), (text_BD, all_fused), (image_BD, all_fused))
     losses = [F.cross_entropy((a @ b.T).float() * logit_scale.exp().float(), labels) for a, b in pairs]
     return torch.stack(losses).mean()

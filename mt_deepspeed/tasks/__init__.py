@@ -7,9 +7,10 @@ from mt_deepspeed.tasks.nlvr2 import Nlvr2Task
 from mt_deepspeed.tasks.pretrain import PretrainTask
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks, RetrievalTask
 from mt_deepspeed.tasks.snli_ve import SnliVETask
+from mt_deepspeed.tasks.three_way import ThreeWayTask
 from mt_deepspeed.tasks.vqa import VQATask
 
-AnyTask = PretrainTask | ClassificationTask | RetrievalTask | FalseTextsTask
+AnyTask = PretrainTask | ClassificationTask | RetrievalTask | FalseTextsTask | ThreeWayTask
 
 CLASSIFIERS = {"vqa": VQATask, "snli_ve": SnliVETask, "nlvr2": Nlvr2Task}
 
@@ -26,5 +27,7 @@ def build_task(config: RunConfig, ranks: Ranks = ALONE) -> AnyTask:
     if config.task == "retrieval":
         if config.retrieval.objective == "false_texts":
             return FalseTextsTask(config)
+        if config.retrieval.objective == "three_way":
+            return ThreeWayTask(config, ranks)
         return RetrievalTask(config, ranks)
     return CLASSIFIERS[config.task](config)

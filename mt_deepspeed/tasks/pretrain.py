@@ -46,7 +46,8 @@ class PretrainTask(nn.Module):
         if self.has_itm:
             self.loss_weights["itm"] = objectives.itm_weight
         self.model = TwoTowerModel(model)
-        attach_heads(self, model, HeadsConfig(mlm=self.has_mlm, itm=self.has_itm))
+        eps = objectives.mlm_layer_norm_eps
+        attach_heads(self, model, HeadsConfig(mlm=self.has_mlm, mlm_layer_norm_eps=eps, itm=self.has_itm))
         self._manager_weights: dict[str, Tensor] = {}
         self._text_len = 0
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mt_deepspeed.models import TwoTowerModel, attach_heads
-from mt_deepspeed.models.foreign_configs import ForeignSetup, from_hf_bridgetower, from_reference
+from mt_deepspeed.models.foreign_configs import ForeignSetup, from_reference
+from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 from mt_deepspeed.models.state_dicts import KeyReport, import_checkpoint
 
 GOLDEN = Path(os.environ.get("MT_GOLDEN") or Path(__file__).parents[1] / "golden")

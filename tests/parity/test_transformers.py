@@ -14,7 +14,7 @@ from transformers import (
     BridgeTowerForMaskedLM,
 )
 
-from mt_deepspeed.models.foreign_configs import from_hf_bridgetower
+from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 from mt_deepspeed.models.key_maps import own_name, plain_name
 from mt_deepspeed.models.state_dicts import import_checkpoint
 from mt_deepspeed.objectives import gather_labelled, matching_loss, mlm_loss, three_way_contrastive_loss

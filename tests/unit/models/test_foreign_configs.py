@@ -9,10 +9,10 @@ import torch
 
 from mt_deepspeed.config import load_config
 from mt_deepspeed.models.foreign_configs import (
-    from_hf_bridgetower,
     from_published_checkpoint,
     from_reference,
 )
+from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 
 OPTIONS: dict[str, Any] = {
     "model_type": "MT",
