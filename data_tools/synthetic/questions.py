@@ -124,7 +124,7 @@ def state(left: Scene, right: Scene, draw: Draw, count: int) -> list[tuple[str, 
     """
     found: dict[str, bool] = {}
     while len(found) < count:
-        form = draw.choice((_side, _colour_of_side, _both, _one, _more))
+        form = draw.choice((_side, _colour_of_side, _both, _one))
         statements: dict[bool, str] = {}
         for _ in range(8):
             text, true = form(left, right, draw)
@@ -168,13 +168,6 @@ def _one(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
     colour = draw.choice((group.colour, _another(tuple(COLOURS), group.colour, draw)))
     true = any(any((g.colour, g.shape) == (colour, group.shape) for g in s.groups) for s in (left, right))
     return f"at least one of the pictures has a {colour} {group.shape} in it", true
-
-
-def _more(left: Scene, right: Scene, draw: Draw) -> tuple[str, bool]:
-    totals = [sum(group.count for group in scene.groups) for scene in (left, right)]
-    side, other = draw.choice((("left", "right"), ("right", "left")))
-    true = totals[0] > totals[1] if side == "left" else totals[1] > totals[0]
-    return f"there are more shapes in the {side} picture than in the {other}", true
 
 
 # Sentence pairs: what a picture entails, contradicts, or leaves open.

@@ -85,10 +85,7 @@ def truth(statement: str, left: Scene, right: Scene) -> bool:
         return all(groups(scene, shape=SINGULAR[match[1]]) for scene in side.values())
     if match := re.fullmatch(r"at least one of the pictures has a (\w+) (\w+) in it", statement):
         return any(groups(scene, colour=match[1], shape=match[2]) for scene in side.values())
-    match = re.fullmatch(r"there are more shapes in the (\w+) picture than in the (\w+)", statement)
-    assert match is not None, statement
-    totals = {name: sum(g.count for g in scene.groups) for name, scene in side.items()}
-    return totals[match[1]] > totals[match[2]]
+    raise AssertionError(statement)
 
 
 @settings(max_examples=150, deadline=None)
@@ -132,7 +129,6 @@ def test_statements_of_every_form_are_as_often_true_as_false() -> None:
         "something .* both",
         "s in both",
         "at least",
-        "more",
     )
     found: Counter[tuple[str, bool]] = Counter()
     for i in range(1500):
