@@ -112,6 +112,16 @@ def test_hypotheses_speak_of_what_is_there_unless_they_contradict(number: int) -
         assert bool(groups(scene, colour=colour, shape=shape)) == (label != "contradiction"), hypothesis
 
 
+def test_the_form_of_a_question_gives_little_away() -> None:
+    words = re.compile("|".join(rf"\b{word}\b" for word in [*SINGULAR, *COLOURS]))
+    found: dict[str, Counter[str]] = {}
+    for i in range(1000):
+        for question in ask(scene_of("vqav2", 1, i), Draw(i), 5):
+            found.setdefault(words.sub("_", question.text), Counter())[question.answer] += 1
+    best = sum(max(answers.values()) for answers in found.values())
+    assert best < 0.36 * sum(answers.total() for answers in found.values())
+
+
 OPEN = re.compile("someone likes|was drawn|a child has|will be moved")
 
 
