@@ -332,10 +332,12 @@ def main() -> None:
     parser.add_argument(
         "--transform", default="clip", help="of our stream; the other ways resize and crop as clip"
     )
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=7, help="at least 2")
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/loader.csv")
     options = parser.parse_args()
+    if options.turns < 2:
+        parser.error(f"--turns: found {options.turns}, expected at least 2, since quartiles are reported")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     paths = sorted(options.folder.glob("**/*.jpg"))[: options.images] if options.folder else []
