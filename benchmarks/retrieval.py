@@ -123,7 +123,7 @@ class Case:
     def _model(self, texts_BLND: Tensor, mask: Tensor, image_PND: Tensor) -> Tensor:
         texts = list(texts_BLND.unbind(2))
         images = [one.expand(len(mask), -1, -1) for one in image_PND.unbind(1)]
-        return self.task.model.fuse_experts(texts, images, mask).cls_feats
+        return self.task.model.fuse_experts(texts, images, mask, pooled_from=0).cls_feats
 
 
 def compare(size: str, precision: str, rounds: int) -> list[dict[str, object]]:

@@ -184,13 +184,15 @@ class PairFusion:
         return _feed_forward(layer, self._to_few(layer.crossattention, hidden, keys))
 
     def _image_attention(self, i: int, image_BPD: Tensor) -> Tensor:
-        """Self-attention of image tokens, whichever of B and P lies outside in memory."""
+        """Self-attention of image tokens; links return them with P outside, which linear maps keep as it is."""
         weight, bias = self.image_qkv[i]
         outside = 0 if image_BPD.is_contiguous() else 1
-        joint = F.linear(image_BPD.transpose(0, outside), weight, bias).transpose(0, outside)
+        rows = image_BPD.transpose(0, outside)
+        joint = F.linear(rows, weight, bias).transpose(0, outside)
         query, key, value = (self._split(part) for part in joint.chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return _close(self.image_layers[i].attention.output, mixed, image_BPD)
+        output = self.image_layers[i].attention.output
+        return _close(output, mixed.transpose(0, outside).contiguous(), rows).transpose(0, outside)
 
     def _few_keys(self, block: AttentionBlock, text_BLD: Tensor, attend_BL: Tensor) -> FewKeys:
         """Keys and values of texts for the attention `block` of image tokens to them."""
