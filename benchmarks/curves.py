@@ -6,7 +6,8 @@ Trains the quickstart's model with the managers' noise on the shards of `launche
 formula differentiated by autograd and its noise in memory (`plain`), then with each backend of the operator, which
 makes the noise inside and again in backward. Weights, batches and noise are the same: the curves differ by rounding
 alone, which training amplifies. `other` is `plain` with other noise, to show how much noise by itself moves a curve.
-Writes `benchmarks/results/curves.csv`, the differences to `plain` per 50 steps, and `docs/images/curves.png`.
+Writes `benchmarks/results/curves.csv`, the differences to `plain` per 50 steps, and `docs/images/curves.png`. The GPU
+is used if there is one.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,16 +38,24 @@ PART = 50
 def plain_aggregation(
     experts: Sequence[Tensor],
     previous: Sequence[Tensor],
-    *formula: Any,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    previous_weight: Tensor | None,
+    noise: Tensor | Philox | None,
+    eps: float,
+    statistics: Tensor | None = None,
+    *,
     moved: int,
 ) -> Tensor:
     """The operator's arguments, computed by the formula; `moved` makes the noise another one."""
-    *parameters, noise, eps, _ = formula
     if isinstance(noise, Philox):
         shape = experts[0].shape
         seed = noise.seed ^ moved
         normals = philox_normal(seed, noise.offset, len(experts), shape[:-1].numel(), shape[-1])
         noise = (normals * noise.scale).view(len(experts), *shape)
+    parameters = norm_weight, norm_bias, logits, temperature, previous_weight
     return aggregate(experts, previous, *parameters, noise, eps)
 
 
@@ -55,10 +65,7 @@ def computed_by(way: str) -> Iterator[None]:
     if way in ("plain", "other"):
         moved = 0 if way == "plain" else 12345
 
-        def aggregation(*arguments: Any) -> Tensor:
-            return plain_aggregation(*arguments, moved=moved)
-
-        with patch.object(managers, "manager_aggregation", aggregation):
+        with patch.object(managers, "manager_aggregation", partial(plain_aggregation, moved=moved)):
             yield
     else:
         with patch.dict(os.environ, {"MT_KERNELS": way}):
@@ -137,6 +144,8 @@ def main() -> None:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
     parser.add_argument("--dry", action="store_true", help="write neither rows nor the picture")
+    parser.add_argument("--results", type=Path, default=RESULTS / "curves.csv")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     from mt_deepspeed.engine import launch
 
@@ -146,8 +155,8 @@ def main() -> None:
     for row in rows:
         print(" ".join(f"{key} {value}" for key, value in row.items()))
     if not options.dry:
-        append(RESULTS / "curves.csv", rows)
-        draw(curves, PICTURE)
+        append(options.results, rows)
+        draw(curves, options.picture)
     launch.shutdown()
 
 

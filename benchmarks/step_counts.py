@@ -30,7 +30,7 @@ from benchmarks.record import RESULTS, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.planning.activations import SIZES, peak_bytes, recompute
-from mt_deepspeed.planning.states import plannable_task
+from mt_deepspeed.tasks import build_task
 
 WITHOUT_FILES = ["model.text.pretrained=null", "model.vision.pretrained=null"]
 
@@ -75,7 +75,7 @@ def on_fake_tensors(
     """The task and a batch of `size` samples without values, and the mode in which they live."""
     mode, real = FakeTensorMode(), make_batch(config, size, 0, text_tokens)
     with mode:
-        task = plannable_task(config).train()
+        task: Any = build_task(config).train()
         return mode, task, {key: mode.from_tensor(value) for key, value in real.items()}
 
 
@@ -96,8 +96,6 @@ def _flops(system: str, config: RunConfig, text_tokens: int | None) -> float:
 def compare_with_profiler(config: RunConfig, text_tokens: int | None) -> dict[str, object]:
     """Our count of a forward pass beside that of DeepSpeed's profiler, which also counts norms and activations."""
     from deepspeed.profiling.flops_profiler import FlopsProfiler
-
-    from mt_deepspeed.tasks import build_task
 
     task, batch = build_task(config).eval(), make_batch(config, 2, 0, text_tokens)
     profiler = FlopsProfiler(task)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,9 +165,14 @@ def measure(
             system.step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            wall, processor = time.perf_counter() - wall, time.process_time() - processor
+            print(
+                f"{system.name}, round {number}: {wall:.2f} s, {processor:.2f} s of processor time",
+                flush=True,
+            )
             if number:
-                system.wall_s.append(time.perf_counter() - wall)
-                system.cpu_s.append(time.process_time() - processor)
+                system.wall_s.append(wall)
+                system.cpu_s.append(processor)
 
 
 def _timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
@@ -290,6 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS / "train_step.csv")
     parser.add_argument("--dry", action="store_true", help="write no rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -303,7 +310,7 @@ def main() -> None:
         for one in rows:
             print(" ".join(f"{key} {value}" for key, value in one.items()))
         if not options.dry:
-            append(RESULTS / "train_step.csv", rows)
+            append(options.results, rows)
     launch.shutdown()
 
 

@@ -136,6 +136,8 @@ class TrainConfig:
     seed: int = 0
     activation_checkpointing: int = 0
     """0: none; 1: every layer; k: every k-th layer of the towers and of the cross-modal encoder."""
+    compile: bool = False
+    """`torch.compile` of each layer of the towers and of the cross-modal encoder; needs a C++ compiler or a GPU."""
     log_every_steps: int = 10
     eval_every_steps: int = 1000
     """0: only at the end."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mt_deepspeed.engine.protocols import Task
+from mt_deepspeed.engine.protocols import Task, repeated_layers
 
 
 def wrap_layers(task: Task, every: int, ds_config: dict[str, Any]) -> int:
@@ -31,13 +31,9 @@ def wrap_layers(task: Task, every: int, ds_config: dict[str, Any]) -> int:
     """
     if every == 0:
         return 0
-    offer: Callable[[], list[nn.Module]] | None = getattr(task, "checkpointable_layers", None)
-    if offer is None:
-        raise ValueError(
-            f"train.activation_checkpointing={every}, but {type(task).__name__} offers no checkpointable_layers()"
-        )
+    offered = repeated_layers(task, f"train.activation_checkpointing={every}")
     deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
-    layers = offer()[::every]
+    layers = offered[::every]
     for layer in layers:
         layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
     return len(layers)

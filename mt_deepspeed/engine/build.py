@@ -1,4 +1,4 @@
-"""Puts a run together: optimizer, activation checkpointing, DeepSpeed engine, guards, in this order."""
+"""Puts a run together: optimizer, compilation, activation checkpointing, DeepSpeed engine, guards, in this order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.activation_checkpointing import wrap_layers
-from mt_deepspeed.engine.ds_config import BatchSplit, check_precision, merge, split_batch, zero_stage
+from mt_deepspeed.engine.compiling import compile_layers
+from mt_deepspeed.engine.ds_config import (
+    BatchSplit,
+    DsConfigError,
+    check_precision,
+    merge,
+    split_batch,
+    zero_stage,
+)
 from mt_deepspeed.engine.gradients import StepGuard
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.optim import build_optimizer, parameter_groups
@@ -52,6 +60,10 @@ def plan(config: RunConfig, ds_config: dict[str, Any], place: Place) -> tuple[Ba
     """
     split = split_batch(config.train.global_batch_size, config.train.micro_batch_size, place.world_size)
     check_precision(config.train.precision, place.device, ds_config)
+    if config.train.compile and zero_stage(ds_config) == 3:
+        raise DsConfigError(
+            "train.compile=true with ZeRO stage 3: its hooks inside each layer cannot be compiled; use stage 0, 1 or 2"
+        )
     return split, merge(ds_config, config, split, place.device)
 
 
@@ -63,6 +75,8 @@ def build(config: RunConfig, ds_config: dict[str, Any], task: Task, place: Place
     roles = {name: task.parameter_role(name) for name in names.values()}
     groups = parameter_groups(module.named_parameters(), roles, config.optim)
     optimizer = build_optimizer(groups, config.optim, complete)
+    if config.train.compile:
+        log.info("torch.compile: %d layers", compile_layers(task))
     wrapped = wrap_layers(task, config.train.activation_checkpointing, complete)
     if wrapped:
         log.info("activation checkpointing: %d layers", wrapped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ class Task(Protocol):
     """An `nn.Module` that owns model, heads and losses.
 
     A task may also offer `flops_per_sample() -> float` (model FLOPs of one sample, forward and
-    backward; enables TFLOP/s and MFU), `checkpointable_layers() -> list[nn.Module]` (layers that
-    activation checkpointing may wrap, in order) and `fake_batch(samples: int, text_len: int) -> Batch`
-    (noise with the shapes of a real batch; enables dry runs).
+    backward; enables TFLOP/s and MFU), `checkpointable_layers() -> list[nn.Module]` (the repeated layers,
+    in order, that activation checkpointing and compilation may wrap) and
+    `fake_batch(samples: int, text_len: int) -> Batch` (noise with the shapes of a real batch; enables dry runs).
     """
 
     loss_weights: dict[str, float]
@@ -75,6 +75,18 @@ class Task(Protocol):
     def parameter_role(self, name: str) -> str:
         """`tower`, `cross_modal` or `head`: chooses the learning-rate multiplier of a parameter."""
         ...
+
+
+def repeated_layers(task: Task, wish: str) -> list[nn.Module]:
+    """The layers that a task offers to be wrapped.
+
+    Raises:
+        ValueError: None are offered although `wish`, a setting, needs them.
+    """
+    offer: Callable[[], list[nn.Module]] | None = getattr(task, "checkpointable_layers", None)
+    if offer is None:
+        raise ValueError(f"{wish}, but {type(task).__name__} offers no checkpointable_layers()")
+    return offer()
 
 
 def as_module(task: Task) -> nn.Module:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import ModelConfig
@@ -30,6 +31,18 @@ class FusionOutput(NamedTuple):
     """`[B, P, D]`, last cross-modal image layer; `[B - pooled_from, 1, D]` where only class tokens were asked for."""
     cls_feats: Tensor
     """`[B, 2D]` or `[B - pooled_from, 2D]`, text pooler then image pooler."""
+
+
+class Transform(nn.Linear):
+    """Projection of a uni-modal layer, to which an embedding is added in the same pass over memory.
+
+    Under autocast the result, an expert, is in half precision: added afterwards, the embedding would make it float32
+    and double the bytes that every manager reads.
+    """
+
+    def forward(self, state_BLD: Tensor, offset_D: Tensor) -> Tensor:  # type: ignore[override]
+        """`W x + b + offset`."""
+        return F.linear(state_BLD, self.weight, self.bias + offset_D)
 
 
 class TwoTowerModel(nn.Module):
@@ -70,8 +83,8 @@ class TwoTowerModel(nn.Module):
     def _build_transform(self, in_size: int) -> nn.Module:
         cross = self.config.cross_modal
         if cross.shared_transform:
-            return nn.Linear(in_size, cross.hidden_size)
-        return nn.ModuleList(nn.Linear(in_size, cross.hidden_size) for _ in range(cross.num_layers))
+            return Transform(in_size, cross.hidden_size)
+        return nn.ModuleList(Transform(in_size, cross.hidden_size) for _ in range(cross.num_layers))
 
     def _build_managers(self, num_experts: int) -> nn.ModuleList:
         return nn.ModuleList(
@@ -147,10 +160,8 @@ class TwoTowerModel(nn.Module):
             top = torch.arange(table.num_embeddings - len(states), table.num_embeddings, device=device)
             offsets = offsets + table(top)
         if self.config.cross_modal.shared_transform:
-            return [transform(state) + offset for state, offset in zip(states, offsets, strict=True)]
-        return [
-            linear(state) + offset for linear, state, offset in zip(transform, states, offsets, strict=True)
-        ]
+            return [transform(state, offset) for state, offset in zip(states, offsets, strict=True)]
+        return [one(state, offset) for one, state, offset in zip(transform, states, offsets, strict=True)]
 
     def fuse(
         self,

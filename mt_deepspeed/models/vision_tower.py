@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from open_clip.transformer import LayerNorm, VisionTransformer
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import VisionTowerConfig
@@ -44,6 +44,14 @@ def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     patches = table[1:].float().T.reshape(1, -1, side, side)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, CLIP's activation, as a scaled SiLU: that keeps two tensors for backward, not three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        return F.silu(1.702 * x) / 1.702
 
 
 class _Visual(VisionTransformer):

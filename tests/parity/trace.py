@@ -45,7 +45,8 @@ def _hooks(model: TwoTowerModel, seen: Tensors) -> list[tuple[nn.Module, Callabl
         calls: list[int] = []
 
         def hook(module: nn.Module, args: Any, result: Tensor) -> None:
-            seen[f"{prefix}.{first + len(calls)}"] = result.detach()
+            # Projections add an embedding in the same call; the reference case has them without it.
+            seen[f"{prefix}.{first + len(calls)}"] = (result - sum(args[1:])).detach()
             calls.append(0)
 
         return hook
@@ -63,7 +64,7 @@ def _hooks(model: TwoTowerModel, seen: Tensors) -> list[tuple[nn.Module, Callabl
     for modality in ("text", "image"):
         transform = getattr(model, f"cross_modal_{modality}_transform")
         if isinstance(transform, nn.ModuleList):
-            hooks += [(part, keep(f"transform.{modality}.{i}")) for i, part in enumerate(transform)]
+            hooks += [(part, keep_each(f"transform.{modality}", i)) for i, part in enumerate(transform)]
         else:
             hooks.append((transform, keep_each(f"transform.{modality}", 0)))
         for i, layer in enumerate(getattr(model, f"cross_modal_{modality}_layers")):
