@@ -1,8 +1,9 @@
-"""Compiles csrc/ with nvcc into one shared library without any need of torch's headers.
+"""Compiles csrc/ into shared libraries, with nvcc and for the CPU, without any need of torch's headers.
 
-Ahead of time (`MT_BUILD_CUDA=1 pip install .`, see setup.py) it stands beside this file; just in time it goes to
-`$XDG_CACHE_HOME/mt_deepspeed` (or `~/.cache/mt_deepspeed`) under a name that follows from sources, options and
-compiler, behind a file lock. Only the standard library is imported, since setup.py loads this file by its path.
+Just in time they go to `$XDG_CACHE_HOME/mt_deepspeed` (or `~/.cache/mt_deepspeed`) under names that follow from
+sources, options and compiler (and processor), behind a file lock. Ahead of time (`MT_BUILD_CUDA=1 pip install .`,
+see setup.py) that of nvcc stands beside this file. Only the standard library is imported, since setup.py loads this
+file by its path.
 
     python -m mt_deepspeed.kernels.manager_aggregation.build [--output FILE] [--arch 90 ...]
 """
@@ -12,11 +13,12 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -79,7 +81,7 @@ def command(nvcc: str, architectures: Sequence[str], output: Path) -> list[str]:
 
 
 def compile_to(output: Path, architectures: Sequence[str] = ARCHITECTURES) -> str:
-    """Compiles to `output`, which appears only when it is complete.
+    """Compiles with nvcc to `output`, which appears only when it is complete.
 
     Returns:
         What the compiler said: registers and spilled bytes of each kernel.
@@ -88,20 +90,11 @@ def compile_to(output: Path, architectures: Sequence[str] = ARCHITECTURES) -> st
         BuildError: No usable nvcc, or it failed.
     """
     nvcc, _ = find_nvcc()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        made = Path(folder) / output.name
-        call = command(nvcc, architectures, made)
-        result = subprocess.run(call, capture_output=True, text=True, check=False)
-        said = result.stdout + result.stderr
-        if result.returncode:
-            raise BuildError(f"CUDA kernels: {' '.join(call)} failed:\n{said[-4000:]}")
-        os.replace(made, output)
-    return said
+    return _run(lambda made: command(nvcc, architectures, made), output)
 
 
 def library(architectures: Sequence[str] = ARCHITECTURES) -> Path:
-    """The library: built ahead, from the cache, or compiled now (about a minute; other processes wait).
+    """The CUDA library: built ahead, from the cache, or compiled now (about a minute; other processes wait).
 
     Raises:
         BuildError: No usable nvcc, or it failed.
@@ -109,18 +102,57 @@ def library(architectures: Sequence[str] = ARCHITECTURES) -> Path:
     if BUILT_AHEAD.exists():
         return BUILT_AHEAD
     nvcc, version = find_nvcc()
-    digest = hashlib.sha256(repr((version, command(nvcc, architectures, Path("out"))[1:-1])).encode())
+    return _cached("manager_aggregation", version, lambda made: command(nvcc, architectures, made))
+
+
+def cpu_library(openmp: str | None = None) -> Path:
+    """The library for this processor: from the cache, or compiled now (some seconds; other processes wait).
+
+    Args:
+        openmp: OpenMP library to link to, None: the compiler's own.
+
+    Raises:
+        BuildError: No usable compiler, or it failed.
+    """
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"found no C++ compiler {compiler[0]!r}; install g++, or set CXX")
+    native = [*compiler, "-std=c++17", "-O3", "-march=native"]
+    # The compiler's version, and what it takes the processor for.
+    asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    flags = ["-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"]
+    call = [*native, *flags, str(SOURCES / "cpu.cpp"), *([openmp] if openmp else []), "-o"]
+    return _cached("manager_aggregation_cpu", macros, lambda made: [*call, str(made)])
+
+
+def _cached(name: str, key: object, call: Callable[[Path], list[str]]) -> Path:
+    """The library that the compiler's `call(output)` makes, kept under `key`, the call and the sources."""
+    digest = hashlib.sha256(repr((key, [Path(part).name for part in call(Path("out"))])).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    output = cache_folder() / f"libmanager_aggregation-{digest.hexdigest()[:16]}.so"
+    output = cache_folder() / f"lib{name}-{digest.hexdigest()[:16]}.so"
     if output.exists():
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when a process dies
         if not output.exists():
-            compile_to(output, architectures)
+            _run(call, output)
     return output
+
+
+def _run(call: Callable[[Path], list[str]], output: Path) -> str:
+    """Compiles in a folder beside `output` and moves the result there; returns what the compiler said."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        made = Path(folder) / output.name
+        result = subprocess.run(call(made), capture_output=True, text=True, check=False)
+        said = result.stdout + result.stderr
+        if result.returncode:
+            raise BuildError(f"{shlex.join(call(made))} failed:\n{said[-4000:]}")
+        os.replace(made, output)
+    return said
 
 
 def cache_folder() -> Path:

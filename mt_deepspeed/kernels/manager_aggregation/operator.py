@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mt_deepspeed.kernels.manager_aggregation import dispatch
-from mt_deepspeed.kernels.manager_aggregation.noise import Philox
+from mt_deepspeed.kernels.manager_aggregation.noise import Philox, philox_normal
 from mt_deepspeed.kernels.manager_aggregation.protocol import Arguments
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 
@@ -27,12 +27,25 @@ def expert_statistics(
 
     Returns:
         `[2, N, B * L]` float32 (float64 if the experts are), without gradient: `manager_aggregation` returns
-        the experts' gradients of the whole layer norm. None on a CPU where no backend is asked for.
+        the experts' gradients of the whole layer norm. None where autograd differentiates the formula
+        (`dispatch.by_autograd`).
     """
-    if _by_autograd(experts, backend):
+    if dispatch.by_autograd(experts, 0, backend):
         return None
     with torch.no_grad():
-        return _statistics(_rows(experts), eps, backend or "")
+        return _statistics_of(_rows(experts), eps, backend or "")
+
+
+def _statistics_of(rows: list[Tensor], eps: float, backend: str) -> Tensor:
+    if _is_plain(rows):
+        found: Tensor = dispatch.chosen(rows, 0, backend).statistics(rows, eps)
+        return found
+    return _statistics(rows, eps, backend)
+
+
+def _is_plain(experts: Sequence[Tensor]) -> bool:
+    """Whether a backend may be called directly: nothing traces or fakes."""
+    return type(experts[0]) is Tensor and not torch.compiler.is_compiling()
 
 
 def manager_aggregation(
@@ -52,9 +65,6 @@ def manager_aggregation(
 
     Everything inside is float32 (float64 if the experts are), cast once at the end. Backward keeps the inputs
     and two numbers per token, expert and previous state.
-
-    On a CPU, unless a backend is asked for, autograd differentiates the formula: torch's fused layer norm and its
-    derivative there take less than half the time of the written one, and memory is not what runs out.
 
     Args:
         experts: N tensors `[B, L, D]`; one that does not lie contiguously in memory is copied.
@@ -77,19 +87,40 @@ def manager_aggregation(
         ValueError: Shapes do not fit together, or the backend asked for cannot compute this.
     """
     _check(experts, previous, norm_weight, norm_bias, logits, previous_weight, noise)
-    if _by_autograd(experts, backend):
-        given = _drawn(noise, experts) if isinstance(noise, Philox) else noise
+    if dispatch.by_autograd(experts, len(previous), backend):
+        given = _materialised(noise, experts) if isinstance(noise, Philox) else noise
         formula = (norm_weight, norm_bias, logits, temperature, previous_weight)
         return aggregate(experts, previous, *formula, None if given is None else given.detach(), eps)
-    shape, dtype = experts[0].shape, torch.promote_types(experts[0].dtype, torch.float32)
-    size = shape[-1]
+    tensors = (norm_weight, norm_bias, logits, temperature, previous_weight, statistics)
+    if _is_plain(experts):
+        numbers = (len(experts), noise, eps, backend or "")
+        result: Tensor = _Aggregation.apply(*numbers, *tensors, *experts, *previous)
+        return result
+    a = _arguments(experts, previous, *tensors, noise, eps, backend or "")
+    return _forward(*a, backend or "")[0].view(experts[0].shape)
+
+
+def _arguments(
+    experts: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    previous_weight: Tensor | None,
+    statistics: Tensor | None,
+    noise: Tensor | Philox | None,
+    eps: float,
+    backend: str,
+) -> Arguments:
+    """The arguments of `manager_aggregation` as backends take them."""
+    size, dtype = experts[0].shape[-1], torch.promote_types(experts[0].dtype, torch.float32)
     rows = _rows(experts)
     philox = noise if isinstance(noise, Philox) else None
-    given = noise if isinstance(noise, Tensor) else None
     if statistics is None:
         with torch.no_grad():
-            statistics = _statistics(rows, eps, backend or "")
-    a = Arguments(
+            statistics = _statistics_of(rows, eps, backend)
+    return Arguments(
         rows,
         [state.to(experts[0].dtype) for state in _rows(previous)],
         norm_weight.to(dtype),
@@ -100,27 +131,18 @@ def manager_aggregation(
         if previous_weight is None
         else previous_weight.to(dtype).expand(-1, size),
         statistics,
-        None if given is None else given.detach().flatten(1, -2).contiguous(),
+        noise.detach().flatten(1, -2).contiguous() if isinstance(noise, Tensor) else None,
         None if philox is None else philox.seed,
         0 if philox is None else philox.offset,
         0.0 if philox is None else philox.scale,
         eps,
     )
-    out, _ = _forward(*a, backend or "")
-    return out.view(shape)
 
 
-def _by_autograd(experts: Sequence[Tensor], backend: str | None) -> bool:
-    return bool(experts) and experts[0].device.type == "cpu" and dispatch.wish(backend) is None
-
-
-def _drawn(noise: Philox, experts: Sequence[Tensor]) -> Tensor:
-    """Noise by torch's own generator; Philox on int64 tensors takes a processor eight times as long."""
-    key = (int(noise.seed) + 0x9E3779B97F4A7C15 * (noise.offset + 1)) * 0x94D049BB133111EB & (2**64 - 1)
-    # The generator takes 32 bits: fold the high ones, where products mix best, over the low ones.
-    generator = torch.Generator().manual_seed((key ^ (key >> 32)) & (2**32 - 1))
-    drawn = torch.randn((len(experts), *experts[0].shape), generator=generator)
-    return drawn.mul_(noise.scale)
+def _materialised(noise: Philox, experts: Sequence[Tensor]) -> Tensor:
+    shape, dtype = experts[0].shape, torch.promote_types(experts[0].dtype, torch.float32)
+    normals = philox_normal(noise.seed, noise.offset, len(experts), shape[:-1].numel(), shape[-1], dtype)
+    return normals.mul_(noise.scale).view(len(experts), *shape)
 
 
 def _rows(states: Sequence[Tensor]) -> list[Tensor]:
@@ -221,21 +243,69 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a = Arguments(*inputs[:-1])
-    ctx.mark_non_differentiable(output[1])
+class _Aggregation(torch.autograd.Function):
+    """The backends as one node of autograd, for ordinary tensors in eager execution.
+
+    What traces or fakes meets the registered operator instead; torch.library's own autograd, and the nodes of all
+    reshaping around it, would take longer than a small aggregation does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, num_experts: int, noise: Any, eps: float, backend: str, *tensors: Tensor | None
+    ) -> Tensor:
+        *parameters, statistics = tensors[:6]
+        states: Any = tensors[6:]
+        ctx.given = [None if one is None else (one.shape, one.dtype) for one in (*parameters, *states)]
+        experts, previous = states[:num_experts], states[num_experts:]
+        a = _arguments(experts, previous, *parameters, statistics, noise, eps, backend)  # type: ignore[arg-type]
+        ctx.module = dispatch.chosen(a.experts, len(a.previous), backend)
+        out, previous_statistics = ctx.module.forward(a)
+        _save(ctx, a, previous_statistics)
+        return out.view(experts[0].shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        a, previous_statistics = _saved(ctx)
+        experts, previous, *parameters = ctx.module.backward(
+            a, previous_statistics, grad.flatten(0, -2).contiguous()
+        )
+        found = [
+            None if given is None else _reduced(one, *given)
+            for one, given in zip((*parameters, *experts, *previous), ctx.given, strict=True)
+        ]
+        return *[None] * 4, *found[:5], None, *found[5:]
+
+
+def _reduced(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A gradient in the shape and dtype in which its tensor was given; a single weight served all channels."""
+    if shape[-1] == 1 != grad.shape[-1]:
+        grad = grad.sum(dim=-1, keepdim=True)
+    return grad.view(shape).to(dtype)
+
+
+def _save(ctx: Any, a: Arguments, previous_statistics: Tensor) -> None:
     ctx.counts = len(a.experts), len(a.previous)
-    ctx.rest = (a.offset, a.noise_scale, a.eps)
-    ctx.backend = inputs[-1]
-    ctx.save_for_backward(*a.experts, *a.previous, *a[2:10], output[1])
+    ctx.rest = a[10:]
+    ctx.save_for_backward(*a.experts, *a.previous, *a[2:10], previous_statistics)
+
+
+def _saved(ctx: Any) -> tuple[Arguments, Tensor]:
+    *saved, previous_statistics = ctx.saved_tensors
+    n, p = ctx.counts
+    return Arguments(saved[:n], saved[n : n + p], *saved[n + p :], *ctx.rest), previous_statistics
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    *arguments, ctx.backend = inputs
+    _save(ctx, Arguments(*arguments), output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    n, p = ctx.counts
-    experts, previous, rest = list(saved[:n]), list(saved[n : n + p]), saved[n + p :]
-    grads = _backward(experts, previous, *rest[:-1], *ctx.rest, rest[-1], grad, ctx.backend)
+    a, previous_statistics = _saved(ctx)
+    grads = _backward(*a, previous_statistics, grad, ctx.backend)
     return (*grads, *[None] * 7)  # statistics, noise, seed, offset, noise_scale, eps, backend
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""Which backend is taken, and how the CUDA library is built."""
+"""Which backend is taken, and how the libraries are built."""
 
 import ctypes
 import logging
@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mt_deepspeed.kernels.manager_aggregation import build, dispatch, manager_aggregation, reference
+from mt_deepspeed.kernels.manager_aggregation import (
+    build,
+    cpu_impl,
+    dispatch,
+    manager_aggregation,
+    reference,
+)
 from tests.helpers.aggregation import Case
 
 
@@ -34,6 +40,36 @@ def test_without_a_wish_what_is_fused_falls_back_and_says_so(
     lines = [record.message for record in caplog.records if "manager aggregation" in record.message]
     assert len(lines) == 1
     assert lines[0].startswith("manager aggregation: reference")
+
+
+def test_a_cpu_without_a_compiler(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Said once where nothing was asked for, an error where something was."""
+    for cache in (dispatch._log_once, cpu_impl._missing, cpu_impl._library):
+        cache.cache_clear()
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("MT_KERNELS", raising=False)
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    arguments = Case(2, 1, (1, 2, 8)).arguments()
+    for _ in range(3):
+        manager_aggregation(**arguments)
+    lines = [record.message for record in caplog.records if "manager aggregation" in record.message]
+    assert len(lines) == 1
+    assert "autograd through the formula (cpu: found no C++ compiler" in lines[0]
+    with pytest.raises(ValueError, match=r"backend cpu was asked for, but found no C\+\+ compiler"):
+        manager_aggregation(**arguments, backend="cpu")
+    cpu_impl._missing.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such processor >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match="no such processor"):
+        build.cpu_library()
 
 
 def test_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,22 +1,31 @@
-"""Fused backends without a GPU: Triton in its interpreter, the CUDA sources compiled for the CPU."""
+"""Fused backends without a GPU: the CPU's own, Triton in its interpreter, the CUDA sources compiled for the CPU."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from mt_deepspeed.config.model import LinkConfig
-from mt_deepspeed.kernels.manager_aggregation import manager_aggregation
+from mt_deepspeed.kernels.manager_aggregation import cpu_impl, manager_aggregation
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 from mt_deepspeed.models import managers
 from tests.helpers import cuda_on_cpu
 from tests.helpers.aggregation import CASES, Case, check, differentiated, materialised
 
-BACKENDS = ["triton", "cuda"]
+BACKENDS = ["triton", "cuda", "cpu"]
+
+
+def needs_cpu_library() -> None:
+    if reason := cpu_impl.unsuited(torch.float32, 1):
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cuda":
         cuda_on_cpu.use(monkeypatch)
+    elif request.param == "cpu":
+        needs_cpu_library()
     elif torch.cuda.is_available():
         pytest.skip("tests/gpu runs it for real")
     name: str = request.param
@@ -25,6 +34,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_result_and_every_gradient(case: Case, backend: str) -> None:
+    if backend == "cpu" and case.dtype == torch.float16:
+        pytest.skip("cpu computes in float32 and bfloat16")
     # Triton's interpreter cuts bfloat16 off where the hardware rounds to the nearest.
     check(case, backend, slack=2.0 if backend == "triton" else 1.0)
 
@@ -51,6 +62,46 @@ def test_sums_that_do_not_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch
     cuda_on_cpu.use(monkeypatch)
     monkeypatch.setenv("EMULATED_SHARED_BYTES", "2000")
     check(Case(4, 2, (3, 40, 16), noise="own"), "cuda")
+
+
+SIZES_OF_A_CPU = [
+    Case(24, 3, (2, 3, 2048), noise="own"),
+    Case(24, 0, (1, 7, 24), adaptive=True),
+    Case(5, 2, (2, 5, 40), adaptive=True, noise="own", dtype=torch.bfloat16),
+    Case(3, 1, (1, 5, 12), noise="own"),  # not a multiple of 8
+    Case(3, 1, (1, 70, 7), scalar=True),  # tokens of more than two chunks
+]
+
+
+@pytest.mark.parametrize("case", SIZES_OF_A_CPU, ids=str)
+def test_sizes_of_a_cpu(case: Case) -> None:
+    needs_cpu_library()
+    check(case, "cpu")
+
+
+@pytest.mark.parametrize(
+    "case", [Case(6, 1, (2, 55, 136), noise="own"), Case(3, 1, (2, 55, 64), adaptive=True)]
+)
+def test_bits_do_not_depend_on_the_number_of_threads(case: Case) -> None:
+    needs_cpu_library()
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(
+            differentiated(lambda **call: manager_aggregation(**call, backend="cpu"), case.arguments())
+        )
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+def test_one_openmp_library_is_enough() -> None:
+    needs_cpu_library()
+    manager_aggregation(**Case().arguments(), backend="cpu")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs Linux")
+    assert len({line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}) == 1
 
 
 def test_states_that_are_not_aligned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The formula against a direct transcription, and the operator's contract."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mt_deepspeed.kernels.manager_aggregation import (
     Philox,
+    cpu_impl,
     expert_statistics,
     manager_aggregation,
     mixing_weights,
@@ -25,7 +27,7 @@ DOUBLE = torch.float64
 
 @pytest.fixture(autouse=True, scope="module")
 def _operator() -> Iterator[None]:
-    """The operator itself: without a wish, a CPU leaves the formula to autograd."""
+    """The operator itself, in any dtype."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MT_KERNELS", "reference")
         yield
@@ -114,9 +116,12 @@ def test_statistics_are_shared_and_change_nothing() -> None:
     check(case, "reference", statistics=statistics)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", variants(Case()), ids=str)
-def test_operators_meet_the_contract_of_torch_library(case: Case) -> None:
+def test_operators_meet_the_contract_of_torch_library(case: Case, backend: str) -> None:
     """Schema, fake tensors, autograd registration, tracing with symbolic shapes."""
+    if backend == "cpu" and (reason := cpu_impl.unsuited(torch.float32, 1)):
+        pytest.skip(reason)
     call = case.arguments()
     n, shape = case.num_experts, case.shape
     experts = [one.flatten(0, 1) for one in call["experts"]]
@@ -134,13 +139,13 @@ def test_operators_meet_the_contract_of_torch_library(case: Case) -> None:
         *philox,
         1e-5,
     )
-    torch.library.opcheck(_statistics, (experts, 1e-5, "reference"))
-    _, previous_statistics = _forward(experts, previous, *common, "reference")
-    late = (previous_statistics, torch.randn_like(experts[0]), "reference")
+    torch.library.opcheck(_statistics, (experts, 1e-5, backend))
+    _, previous_statistics = _forward(experts, previous, *common, backend)
+    late = (previous_statistics, torch.randn_like(experts[0]), backend)
     torch.library.opcheck(_backward, (experts, previous, *common, *late))
     for tensor in (*experts, *previous, *common[:5]):
         tensor.requires_grad_()
-    torch.library.opcheck(_forward, (experts, previous, *common, "reference"))
+    torch.library.opcheck(_forward, (experts, previous, *common, backend))
 
 
 def test_backward_keeps_only_inputs_and_statistics() -> None:
@@ -226,11 +231,15 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         manager_aggregation(**arguments)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(adaptive=True, noise="given"), Case(scalar=True)], ids=str)
-def test_default_of_a_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [Case(noise="own"), Case(adaptive=True), Case(scalar=True)], ids=str)
+@pytest.mark.parametrize("compiler", [True, False])
+def test_default_of_a_cpu(case: Case, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MT_KERNELS")
-    assert expert_statistics(case.arguments()["experts"]) is None
+    if not compiler:
+        monkeypatch.setattr(cpu_impl, "_missing", lambda: "found no compiler")
+        assert expert_statistics(case.arguments()["experts"]) is None
     check(case, "auto")
+    check(replace(case, dtype=DOUBLE), "auto")  # by autograd
 
 
 def test_noise_of_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +262,9 @@ def test_noise_of_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.02
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_compiles_into_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MT_KERNELS", backend)
     arguments = Case(3, 1, adaptive=True, noise="own").arguments()
 
     def run(**call: Any) -> Tensor:
