@@ -254,11 +254,12 @@ class _Aggregation(torch.autograd.Function):
     def forward(
         ctx: Any, num_experts: int, noise: Any, eps: float, backend: str, *tensors: Tensor | None
     ) -> Tensor:
-        *parameters, statistics = tensors[:6]
+        parameters: Any = tensors[:5]
         states: Any = tensors[6:]
         ctx.given = [None if one is None else (one.shape, one.dtype) for one in (*parameters, *states)]
         experts, previous = states[:num_experts], states[num_experts:]
-        a = _arguments(experts, previous, *parameters, statistics, noise, eps, backend)  # type: ignore[arg-type]
+        more: Any = {"statistics": tensors[5], "noise": noise, "eps": eps, "backend": backend}
+        a = _arguments(experts, previous, *parameters, **more)
         ctx.module = dispatch.chosen(a.experts, len(a.previous), backend)
         out, previous_statistics = ctx.module.forward(a)
         _save(ctx, a, previous_statistics)
