@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.exit_codes import Exit
 from mt_deepspeed.engine.launch import Place
@@ -40,6 +42,8 @@ class ToyRun:
     """(rank, step) whose samples cannot be read."""
     hang_at: tuple[int, int] | None = None
     """(rank, step) at which the stream waits for ever."""
+    too_large_at: tuple[int, int] | None = None
+    """(rank, step) whose forward pass asks for more memory than there is."""
 
     def config(self) -> RunConfig:
         """The configuration; checkpoints are written at the end and on request only, unless set."""
@@ -57,6 +61,7 @@ class ToyRun:
 
         stream = SlowStream(GLOBAL_BATCH, self.case.micro, place.rank, place.world_size)
         stream.step_s, stream.fail_at, stream.hang_at = self.step_s, self.fail_at, self.hang_at
+        stream.too_large_at = self.too_large_at
         task = make_task(self.case.dropout)
         evaluation = None if self.eval_batch_s is None else self.eval_batches
         config = self.config()
@@ -79,6 +84,7 @@ class SlowStream(ToyStream):
     step_s = 0.0
     fail_at: tuple[int, int] | None = None
     hang_at: tuple[int, int] | None = None
+    too_large_at: tuple[int, int] | None = None
 
     def batch(self, step: int, positions: list[int]) -> Batch:
         if (self.rank, step) == self.fail_at:
@@ -86,7 +92,10 @@ class SlowStream(ToyStream):
         if (self.rank, step) == self.hang_at:
             wait_for_ever()
         time.sleep(self.step_s)
-        return super().batch(step, positions)
+        batch = super().batch(step, positions)
+        if (self.rank, step) == self.too_large_at:
+            batch["too_large"] = torch.ones(len(positions))
+        return batch
 
 
 class Ranks:
@@ -169,8 +178,6 @@ def _work(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank_environment(rank, world_size, port), **environment)
-    import torch
-
     from mt_deepspeed.engine import launch, signals
 
     signals.install()

@@ -97,6 +97,8 @@ class ToyTask(nn.Module):
         itm = F.cross_entropy(itm_logits, batch["itm_labels"])
         if bool(batch.get("use_extra", torch.zeros(1)).any()):
             itm = itm + self.extra(pooled).square().mean()
+        if "too_large" in batch:
+            torch.empty(1 << 50, dtype=torch.uint8)
         if "poison_gradient" in batch:
             mlm = PoisonGradient.apply(mlm)
         if "poison_loss" in batch:

@@ -85,6 +85,16 @@ def test_a_rank_that_hangs_in_python_is_named_with_its_stack(tmp_path: Path) -> 
         assert "wait_for_ever" in ranks.output(1)
 
 
+def test_a_rank_that_runs_out_of_memory_ends_the_others_and_a_restart_goes_on(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    with Ranks(2, toy_run(tmp_path, too_large_at=(1, 6)), tmp_path / "out") as ranks:
+        assert ranks.exit_codes() == [Exit.FAILED] * 2
+        assert "allocate memory" in ranks.output(1)
+    assert store.newest_valid(tmp_path / "checkpoints") is not None
+    assert_goes_on(tmp_path, undisturbed)
+
+
 def test_samples_that_one_rank_cannot_read_stop_all_with_one_message(tmp_path: Path) -> None:
     with Ranks(2, toy_run(tmp_path, fail_at=(1, 6)), tmp_path / "out") as ranks:
         assert ranks.exit_codes() == [Exit.FAILED] * 2
