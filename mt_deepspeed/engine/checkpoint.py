@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,6 +152,7 @@ def load_moments(session: Session, folder: Path, adam_steps: int) -> None:
                 one.of(moments[id(one.holder)][key]).copy_(files.read(one.name, one.start, one.numel, key))
 
 
+@cache  # looking packages up takes 20 ms, in which a save would stop training
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
     found = {"python": platform.python_version()}
