@@ -83,7 +83,7 @@ step tests 200 "$python" "${tests[@]}" -k "not sanitizer"
 step benchmark 240 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 \
     --results "$output/manager_aggregation.csv"
 step benchmark_fp32 60 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 --dtype float32 \
-    --shapes 64,325,768 --results "$output/manager_aggregation.csv"
+    --shapes 6,64,325,768 --results "$output/manager_aggregation.csv"
 step profile 90 "$python" -m benchmarks.manager_aggregation --ways eager triton cuda --profile "$output/kernels.txt"
 
 step step_base 150 "${train_step[@]}" --micro-batch 8 32 --precision bf16

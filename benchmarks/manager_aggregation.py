@@ -1,7 +1,7 @@
 """Manager aggregation: time and memory of each backend beside plain PyTorch, and the floor that memory sets.
 
-    python -m benchmarks.manager_aggregation [--device cuda] [--dtype bfloat16] [--seconds S]
-        [--results FILE] [--shapes B,L,D ...] [--ways NAME ...] [--profile FILE]
+    python -m benchmarks.manager_aggregation [--device cuda] [--dtype bfloat16] [--seconds S] [--threads T]
+        [--results FILE] [--shapes N,B,L,D ...] [--kinds NAME ...] [--ways NAME ...] [--profile FILE]
 
 For each shape all ways take turns in one process, several rounds; times are medians of a call's time. Ways:
 
@@ -9,7 +9,7 @@ For each shape all ways take turns in one process, several rounds; times are med
     compiled   torch.compile of eager, static shapes
     reference, cpu, triton, cuda    the operator with this backend, noise made inside
 
-The operator's times include a sixth of the experts' statistics, which six managers share. The floor is the time to
+The operator's times include 1/N of the experts' statistics, which N managers share. The floor is the time to
 read every expert, the previous state (and in backward the gradient) once and to write every result once, at the
 bandwidth of a copy measured in the same run. `kept` are the bytes that forward leaves for backward, beyond its inputs
 and its result; `peak` is the most that forward and backward allocate, results included (CUDA only).
@@ -32,51 +32,60 @@ from mt_deepspeed.kernels.manager_aggregation import Philox, expert_statistics, 
 from mt_deepspeed.kernels.manager_aggregation.dispatch import BACKENDS
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 
-NUM_EXPERTS, MANAGERS = 6, 6
-# B, L, D: texts of 50 tokens, images of 288 (base) and 294 pixels (large), and of 384 pixels.
+# N, B, L, D: texts of 50 tokens, images of 288 (base) and 294 pixels (large), and of 384 pixels.
 CUDA_SHAPES = [
-    *((b, tokens, 768) for b in (8, 64, 256) for tokens in (50, 325, 577)),
-    *((b, tokens, 1024) for b in (8, 64, 256) for tokens in (50, 442, 577)),
+    *((6, b, tokens, 768) for b in (8, 64, 256) for tokens in (50, 325, 577)),
+    *((6, b, tokens, 1024) for b in (8, 64, 256) for tokens in (50, 442, 577)),
 ]
-CPU_SHAPES = [(8, 50, 768), (8, 325, 768), (8, 577, 1024)]
-COMPILED_BATCH = {"cuda": 64, "cpu": 8}  # compiling each shape would take longer than measuring it
-KINDS = ["static", "adaptive"]
+CPU_SHAPES = [(3, 128, 10, 64), (3, 128, 17, 64), (6, 8, 50, 768), (6, 2, 325, 768), (6, 8, 325, 768)]
+COMPILED_BATCH = 64  # compiling each shape would take longer than measuring it
+KINDS = {
+    "cuda": ["static noise", "adaptive noise"],
+    "cpu": ["static", "adaptive", "static noise", "adaptive noise"],
+}
 
+Shape = tuple[int, int, int, int]
 Row = dict[str, Any]
 Way = Callable[[dict[str, Any], Tensor | None], Tensor]
 
 
-def problem(shape: tuple[int, int, int], kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def problem(shape: Shape, kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments of one manager with one previous state."""
-    batch, length, size = shape
+    experts, batch, length, size = shape
     torch.manual_seed(0)
-    states = [torch.randn(shape, device=device, dtype=dtype) for _ in range(NUM_EXPERTS + 1)]
-    logits = (NUM_EXPERTS, size) if kind == "static" else (batch, length, NUM_EXPERTS)
+    states = [torch.randn(shape[1:], device=device, dtype=dtype) for _ in range(experts + 1)]
+    logits = (experts, size) if kind.startswith("static") else (batch, length, experts)
     leaves = {
-        "norm_weight": torch.ones(NUM_EXPERTS + 1, size, device=device),
-        "norm_bias": torch.zeros(NUM_EXPERTS + 1, size, device=device),
+        "norm_weight": torch.ones(experts + 1, size, device=device),
+        "norm_bias": torch.zeros(experts + 1, size, device=device),
         "logits": torch.randn(logits, device=device),
         "temperature": torch.ones(1, device=device),
         "previous_weight": torch.ones(1, size, device=device),
     }
     for leaf in (*states, *leaves.values()):
         leaf.requires_grad_()
-    return {"experts": states[:NUM_EXPERTS], "previous": states[NUM_EXPERTS:], **leaves}
+    return {"experts": states[:experts], "previous": states[experts:], **leaves}
 
 
-def eager(arguments: dict[str, Any], _: Tensor | None) -> Tensor:
+def eager(noisy: bool) -> Way:
     """The formula, with noise as large as all experts."""
-    state = arguments["experts"][0]
-    noise = torch.randn((NUM_EXPERTS, *state.shape), device=state.device) / NUM_EXPERTS
-    return aggregate(**arguments, noise=noise)
+
+    def run(arguments: dict[str, Any], _: Tensor | None) -> Tensor:
+        state, count = arguments["experts"][0], len(arguments["experts"])
+        noise = torch.randn((count, *state.shape), device=state.device) / count if noisy else None
+        return aggregate(**arguments, noise=noise)
+
+    return run
 
 
-def fused(backend: str) -> Way:
+def fused(backend: str, noisy: bool) -> Way:
     """The operator with one backend."""
 
     def run(arguments: dict[str, Any], shared: Tensor | None) -> Tensor:
-        seed = torch.randint(2**62, (1,), device=arguments["experts"][0].device)
-        noise = Philox(seed, 0, 1 / NUM_EXPERTS)
+        noise = None
+        if noisy:
+            seed = torch.randint(2**62, (1,), device=arguments["experts"][0].device)
+            noise = Philox(seed, 0, 1 / len(arguments["experts"]))
         return manager_aggregation(**arguments, noise=noise, statistics=shared, backend=backend)
 
     return run
@@ -146,7 +155,7 @@ def kept_bytes(arguments: dict[str, Any], way: Way, shared: Tensor | None) -> in
 class Contest:
     """All ways on one problem, taking turns."""
 
-    def __init__(self, ways: dict[str, Way], shape: tuple[int, int, int], kind: str, options: Any) -> None:
+    def __init__(self, ways: dict[str, Way], shape: Shape, kind: str, options: Any) -> None:
         self.arguments = problem(shape, kind, options.torch_dtype, options.device)
         self.ways, self.device, self.seconds = ways, options.device, options.seconds
         self.leaves = [
@@ -188,7 +197,7 @@ class Contest:
         way, seconds = self.ways[name], self.seconds
         share = 0.0
         if shared is not None:
-            share = timed(self.device, lambda: self.shared(name), seconds) / MANAGERS
+            share = timed(self.device, lambda: self.shared(name), seconds) / len(self.arguments["experts"])
         forward = timed(self.device, lambda: way(self.arguments, shared), seconds) + share
         out = way(self.arguments, shared)
         backward = timed(
@@ -221,10 +230,10 @@ class Contest:
         return rows
 
 
-def floors(shape: tuple[int, int, int], dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+def floors(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
     """Milliseconds that moving each byte once takes."""
-    state = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    forward, backward = (NUM_EXPERTS + 2) * state, (2 * (NUM_EXPERTS + 1) + 1) * state
+    experts, state = shape[0], shape[1] * shape[2] * shape[3] * dtype.itemsize
+    forward, backward = (experts + 2) * state, (2 * (experts + 1) + 1) * state
     return {
         "forward": 1e3 * forward / bandwidth,
         "backward": 1e3 * backward / bandwidth,
@@ -254,6 +263,7 @@ IDENTITY = ("commit", "hardware", "dtype", "shape", "kind", "way")
 def report(path: Path, rows: list[Row]) -> None:
     """Appends rows to the file and prints them."""
     append(path, [{name: row.get(name, "") for name in COLUMNS} for row in rows])
+    eager_ms = next((row["both_ms"] for row in rows if row["way"] == "eager" and not row["note"]), None)
     for row in rows:
         if row["note"]:
             print(f"  {row['way']:<10} {row['note']}")
@@ -262,8 +272,20 @@ def report(path: Path, rows: list[Row]) -> None:
             f"{part} {row[f'{part}_ms']:9.3f} ms ({row[f'{part}_floor']:4.0%})"
             for part in ("forward", "backward", "both")
         )
+        times += f"  x eager {eager_ms / row['both_ms']:.2f}" if eager_ms else ""
         peak = f"  peak {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
         print(f"  {row['way']:<10} {times}  kept {row['kept_mib']:8.1f} MiB{peak}", flush=True)
+
+
+def all_ways(names: list[str], noisy: bool) -> dict[str, Way]:
+    """Name -> way; `compiled` shares nothing with what was compiled before."""
+    ways = {name: fused(name, noisy) for name in names if name not in ("eager", "compiled")}
+    if "eager" in names:
+        ways = {"eager": eager(noisy), **ways}
+    if "compiled" in names:
+        torch._dynamo.reset()
+        ways["compiled"] = torch.compile(eager(noisy), dynamic=False)
+    return ways
 
 
 def profile(ways: dict[str, Way], options: Any, path: Path) -> None:
@@ -271,7 +293,7 @@ def profile(ways: dict[str, Way], options: Any, path: Path) -> None:
     activity = torch.profiler.ProfilerActivity
     with path.open("w") as file:
         for name in ways:
-            contest = Contest({name: ways[name]}, (64, 325, 768), "adaptive", options)
+            contest = Contest({name: ways[name]}, (6, 64, 325, 768), "adaptive noise", options)
             shared = contest.shared(name)
             contest.both(name, shared)
             with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as found:
@@ -294,13 +316,18 @@ def parse() -> Any:
         "--seconds", type=float, default=0.2, help="per figure and round (default %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shapes", nargs="+", help="B,L,D")
+    parser.add_argument("--shapes", nargs="+", help="N,B,L,D")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS["cpu"])
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--results", type=Path, default=RESULTS / "manager_aggregation.csv")
     parser.add_argument("--profile", type=Path, help="only write a profile to this file")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.torch_dtype = getattr(torch, options.dtype)
+    options.kinds = options.kinds or KINDS[options.device]
+    if options.threads:
+        torch.set_num_threads(options.threads)
     return options
 
 
@@ -309,12 +336,9 @@ def main() -> None:
     options = parse()
     cuda = options.device == "cuda"
     fused_names = [name for name in (["triton", "cuda"] if cuda else ["cpu"]) if name in BACKENDS]
-    names = options.ways or ["eager", "compiled", "reference", *fused_names]
-    ways: dict[str, Way] = {name: fused(name) for name in names if name not in ("eager", "compiled")}
-    if "eager" in names:
-        ways = {"eager": eager, **ways}
+    names = options.ways or ["eager", "compiled", *(["reference"] if cuda else []), *fused_names]
     if options.profile:
-        profile(ways, options, options.profile)
+        profile(all_ways(names, noisy=True), options, options.profile)
         return
     about = surroundings()
     done = measured(options.results, IDENTITY)
@@ -326,12 +350,11 @@ def main() -> None:
         else (CUDA_SHAPES if cuda else CPU_SHAPES)
     )
     for shape in shapes:
-        for kind in KINDS:
+        for kind in options.kinds:
             text = "x".join(map(str, shape))
-            here = dict(ways)
-            if "compiled" in names and (options.shapes or shape[0] == COMPILED_BATCH[options.device]):
-                torch._dynamo.reset()
-                here["compiled"] = torch.compile(eager, dynamic=False)
+            here = all_ways(names, kind.endswith("noise"))
+            if cuda and not options.shapes and shape[1] != COMPILED_BATCH:
+                here.pop("compiled", None)
             common = {
                 "dtype": options.dtype,
                 "shape": text,
@@ -345,7 +368,7 @@ def main() -> None:
             }
             if not here:
                 continue
-            print(f"B x L x D = {text}, {kind} (in brackets: share of the copy bandwidth)", flush=True)
+            print(f"N x B x L x D = {text}, {kind} (in brackets: share of the copy bandwidth)", flush=True)
             found = Contest(here, shape, kind, options).run(options.rounds)
             floor = floors(shape, options.torch_dtype, bandwidth)
             rows = []
