@@ -5,9 +5,9 @@
 Forward and backward of pre-training, in float32 on the CPU, of a model that is small enough to be tried at 21 points:
 towers of 6 layers, 3 cross-modal layers, all 256 wide, pictures of 224 px, 2 samples, texts of 16 tokens, 6 managed
 layers; one of these changes at a time. `ours` beside `plain` (`benchmarks.plain_step`; here with the same texts).
-Seconds are the smallest of several rounds in which both take turns; memory is the most bytes alive at once besides
-parameters and gradients, counted as in `benchmarks.step_counts`. `steepest` is the largest ratio between growth of
-the time and growth of the operations from one point to the next: 1.0 means time follows operations.
+Seconds are processor time, the smallest of several rounds in which both take turns; memory is the most bytes alive
+at once besides parameters and gradients, counted as in `benchmarks.step_counts`. `steepest` is the largest ratio
+between growth of the time and growth of the operations from one point to the next: 1.0 means time follows operations.
 Rows go to `benchmarks/results/growth.csv`, the plots to `docs/images/growth.png`.
 """
 
@@ -67,20 +67,19 @@ def measure(point: dict[str, int], rounds: int) -> dict[str, Point]:
     batch = make_batch(config, size, 0, tokens)
     for _ in range(rounds + 1):
         for name, system in systems.items():
-            start = time.perf_counter()
+            start = time.process_time()
             losses, _ = system(batch)
             sum(losses.values()).backward()
-            found[name]["seconds"] = min(found[name]["seconds"], time.perf_counter() - start)
+            found[name]["seconds"] = min(found[name]["seconds"], time.process_time() - start)
             task.zero_grad()
-    for name, system in systems.items():
-        with FlopCounterMode(display=False) as counter:
-            losses, _ = system(batch)
-            sum(losses.values()).backward()
-        task.zero_grad()
+    for name in systems:
         mode, fake_task, fake_batch = on_fake_tensors(config, size, tokens)
         with mode:
             module = fake_task if name == "ours" else PlainTask(fake_task, config)
             peak = peak_bytes(module, fake_batch, "fp32")
+            with FlopCounterMode(display=False) as counter:
+                losses, _ = module(fake_batch)
+                sum(losses.values()).backward()
         found[name] |= {"mib": peak / 2**20, "gflop": counter.get_total_flops() / 1e9}
     return found
 
@@ -102,7 +101,7 @@ def draw(found: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
     figure, rows = pyplot.subplots(2, len(AXES), figsize=(13, 6), sharex="col")
     for column, (axis, systems) in enumerate(found.items()):
-        for key, label, plot in (("seconds", "seconds", rows[0]), ("mib", "MiB", rows[1])):
+        for key, label, plot in (("seconds", "processor seconds", rows[0]), ("mib", "MiB", rows[1])):
             for number, (name, points) in enumerate(systems.items()):
                 values = [point[key] for point in points]
                 plot[column].plot(AXES[axis], values, "o-", color=f"C{number}", label=name, markersize=4)
@@ -116,8 +115,8 @@ def draw(found: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--dry", action="store_true", help="write neither rows nor the picture")
     options = parser.parse_args()
