@@ -73,9 +73,7 @@ def draw_managers(weights: dict[str, Tensor], depths: dict[str, int], num_pairs:
         for layer, (row, colour) in enumerate(zip(table.numpy(), colours, strict=True), start=1):
             axis.plot(layers, row, marker="o", color=colour, label=f"cross-modal layer {layer}")
         axis.axhline(1 / table.shape[1], color="grey", linestyle=":", label="all alike")
-        axis.set(
-            xticks=layers, ylim=(0, 1), xlabel="uni-modal layer (1: lowest of the top N)", ylabel="weight"
-        )
+        axis.set(xticks=layers, ylim=(0, 1), xlabel=f"layer of the {modality} tower", ylabel="weight")
         axis.legend(fontsize=8, frameon=False)
     _save(figure, out)
 
@@ -98,38 +96,36 @@ def _draw_table(axis: Any, title: str, table: Tensor, depth: int) -> None:
 
 
 def draw_attention(picture: Image.Image, maps: Tensor, text: str, word: str, out: Path) -> None:
-    """The picture, and over it where a word looks in each cross-modal layer.
+    """The picture, and for each cross-modal layer the same as bright as a word looks at its patches.
 
     Args:
         picture: As the model sees it, S x S.
-        maps: `[cross-modal layer, rows, columns]`, shares of the attention.
+        maps: `[cross-modal layer, rows, columns]`, shares of the attention; written into the patches of small grids.
         text: The text.
         word: The word.
         out: PNG file.
     """
-    layers = len(maps)
+    layers, side = len(maps), maps.shape[-1]
     columns = min(layers + 1, 4)
     rows = -(-(layers + 1) // columns)
-    figure = Figure(figsize=(2.7 * columns + 0.9, 2.9 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 3.2 * rows + 0.4), layout="constrained")
     figure.suptitle(f'Where "{word}" looks:  {text}', fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     axes[0].imshow(picture, interpolation="nearest")
     axes[0].set_title("picture", fontsize=10)
-    width, height = picture.size
+    patch = picture.size[0] // side
+    colours = np.asarray(picture) / 255
     for layer, (axis, share) in enumerate(zip(axes[1:], maps.cpu().numpy(), strict=False), start=1):
-        axis.imshow(picture.convert("L"), cmap="gray", interpolation="nearest")
-        drawn = axis.imshow(
-            share,
-            cmap="inferno",
-            alpha=0.6,
-            vmin=0,
-            vmax=float(maps.max()),
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        )
-        axis.set_title(f"layer {layer} ({share.sum():.0%} on patches)", fontsize=10)
-    figure.colorbar(drawn, ax=list(axes), shrink=0.8, label="share of the attention")
+        light = 0.15 + 0.85 * share / share.max()
+        lit = colours * np.kron(light, np.ones((patch, patch)))[..., None]
+        axis.imshow(lit.clip(0, 1), interpolation="nearest")
+        axis.set_title(f"cross-modal layer {layer}, {share.sum():.0%} on patches", fontsize=10)
+        for (row, column), value in np.ndenumerate(share if side <= 6 else np.zeros((0, 0))):
+            place = ((column + 0.04) * patch - 0.5, (row + 0.05) * patch - 0.5)
+            colour = "black" if light[row, column] > 0.6 else "white"
+            axis.text(*place, f"{value:.0%}", ha="left", va="top", fontsize=8, color=colour)
     _save(figure, out)
 
 
