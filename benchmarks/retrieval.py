@@ -35,7 +35,7 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES, autocast
 from mt_deepspeed.evaluation.state_cache import StateCache
 from mt_deepspeed.models.pair_fusion import PairFusion
-from mt_deepspeed.retrieval_evaluation import PairScorer
+from mt_deepspeed.retrieval_scoring import PairScorer
 from mt_deepspeed.retrieval_states import States, batches
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.retrieval import match_scores

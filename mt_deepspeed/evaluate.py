@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,12 +49,10 @@ Batch = dict[str, Tensor]
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    args = _parse(arguments)
+    args = parse(arguments)
     place = launch.init()
     try:
-        pretrained = load(args.checkpoint, place.device)
-        config = _config(pretrained.config, args)
-        metrics = _evaluate(pretrained, config, place, args)
+        metrics = figures(place, args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     finally:
@@ -68,14 +65,16 @@ def main(arguments: list[str] | None = None) -> None:
             args.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
 
 
-def _evaluate(
-    pretrained: Pretrained, config: RunConfig, place: Place, args: argparse.Namespace
-) -> dict[str, float]:
+def figures(place: Place, args: argparse.Namespace) -> dict[str, float]:
+    """What the command line asks for; call on all ranks."""
+    pretrained = load(args.checkpoint, place.device)
+    config = _config(pretrained.config, args)
     if config.task == "retrieval" or args.retrieval:
         return retrieve(pretrained, config, place, RetrievalOptions(args.top_k, args.cache_gib, args.keep))
     if config.task == "pretrain":
         return evaluate_pretrained(pretrained, config, place, args.visual_words, args.max_samples)
-    classified = classify(pretrained, config, place, args.max_samples)
+    measured = args.predictions is None and args.annotations is None
+    classified = classify(pretrained, config, place, args.max_samples, labelled=measured)
     metrics = classified.metrics
     if config.task == "vqa":
         answers = vqa_answers(pretrained, classified)
@@ -185,7 +184,8 @@ def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     return dataclasses.replace(config, data=data, train=train)
 
 
-def _parse(arguments: list[str] | None) -> Any:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mt_deepspeed.evaluate",
         description=__doc__,

@@ -10,10 +10,8 @@ Shapes: I images, R of them on this rank, T texts, U different texts, E contrast
 import dataclasses
 import hashlib
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,19 +19,17 @@ from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.retrieval_items import RetrievalItems
+from mt_deepspeed.engine.agreement import together
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.engine.precision import DTYPES
 from mt_deepspeed.evaluation.kept_scores import KeptScores
-from mt_deepspeed.evaluation.recall import NOT_SCORED, recall
-from mt_deepspeed.models.pair_fusion import ImageSide, PairFusion, TextSide
+from mt_deepspeed.evaluation.recall import recall
 from mt_deepspeed.pretrained import Pretrained
+from mt_deepspeed.retrieval_scoring import PairScorer
 from mt_deepspeed.retrieval_states import States, batches, encode, reads_padding
-from mt_deepspeed.tasks.retrieval import match_scores
 
 log = logging.getLogger("mt_deepspeed")
 
 LARGEST_BLOCK = 32  # images: what an interrupted run loses at most, for each rank
-PROGRESS_EVERY_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +83,18 @@ def score_pairs(pretrained: Pretrained, config: RunConfig, place: Place, options
             scores belongs to another evaluation.
     """
     check_heads(pretrained, options.top_k)
-    items = RetrievalItems(config, place.rank, place.world_size)
+    items = together(lambda: RetrievalItems(config, place.rank, place.world_size), "opening the data")
     blocks = image_blocks(items.num_images)
     own = {block: blocks[block] for block in range(place.rank, len(blocks), place.world_size)}
-    done: dict[int, Tensor] = {}
-    kept = None
-    if options.keep is not None:
+
+    def opened() -> tuple[KeptScores | None, dict[int, Tensor]]:
+        if options.keep is None:
+            return None, {}
         kept = KeptScores(options.keep, _identity(pretrained, config, items, options.top_k))
         found = {block: kept.load(block, (len(images), items.num_texts)) for block, images in own.items()}
-        done = {block: scores for block, scores in found.items() if scores is not None}
+        return kept, {block: scores for block, scores in found.items() if scores is not None}
+
+    kept, done = together(opened, "opening the kept scores")
     left = int(_reduced(torch.tensor(len(own) - len(done)), dist.ReduceOp.SUM, place))
     log.info("retrieval: %d of %d blocks of images are left to score", left, len(blocks))
     if left:
@@ -146,7 +145,10 @@ def _score_blocks(
     pending = [block not in done for block in blocks]
     images = list(blocks.values())
     task, shortlisting = pretrained.task, options.top_k > 0
-    states = encode(task, config, items, images, pending, place, options.cache_gib, shortlisting)
+    states = together(
+        lambda: encode(task, config, items, images, pending, place, options.cache_gib, shortlisting),
+        "encoding images and texts",
+    )
     wanted = None
     if shortlisting:  # of the images that are left
         flags = [keep for block, keep in zip(images, pending, strict=True) for _ in block]
@@ -157,64 +159,6 @@ def _score_blocks(
         rows = range(first, first + len(blocks[block]))
         yield block, scorer(rows)[:, states.text_of]
         first = rows.stop
-
-
-class PairScorer:
-    """Scores one image with a batch of texts at a time; prepares an image or a batch again only when it changes.
-
-    Args:
-        task: Model and heads.
-        config: Precision and pairs per pass are read.
-        states: Of all images to score, in order, and of all texts.
-        place: This rank.
-        wanted: `[R, U]` bool, the pairs to score; None: all.
-    """
-
-    def __init__(
-        self, task: Any, config: RunConfig, states: States, place: Place, wanted: Tensor | None
-    ) -> None:
-        self.task, self.states, self.place, self.wanted = task, states, place, wanted
-        self.size = config.train.micro_batch_size
-        self.fusion = PairFusion(task.model, DTYPES[config.train.precision] or torch.float32)
-        every = len(states.images.lengths) * len(states.texts.lengths)
-        self.progress = _Progress(every if wanted is None else int(wanted.sum()), place.world_size)
-        self._image: tuple[int, ImageSide] | None = None
-        self._texts: tuple[list[int], TextSide] | None = None
-
-    def __call__(self, images: range) -> Tensor:
-        """Scores `[images, U]` float32 on the CPU, `NOT_SCORED` where not wanted."""
-        size = (len(images), len(self.states.texts.lengths))
-        scores = torch.full(size, NOT_SCORED, device=self.place.device)
-        for image, texts in self.tiles(images):
-            cls_feats = self.fusion(self._image_side(image), self._text_side(texts))
-            columns = torch.tensor(texts, device=self.place.device)
-            with torch.no_grad():
-                scores[image - images.start, columns] = match_scores(self.task, cls_feats.float())
-            self.progress.add(len(texts))
-        return scores.cpu()
-
-    def tiles(self, images: range) -> Iterator[tuple[int, list[int]]]:
-        """(image, texts of similar length) that together cover all wanted pairs once."""
-        if self.wanted is None:  # a batch of texts, once prepared, serves all images
-            for texts in batches(range(len(self.states.texts.lengths)), self.size):
-                yield from ((image, texts) for image in images)
-            return
-        for image in images:
-            chosen = torch.nonzero(self.wanted[image])[:, 0].tolist()
-            yield from ((image, texts) for texts in batches(chosen, self.size))
-
-    def _image_side(self, image: int) -> ImageSide:
-        if self._image is None or self._image[0] != image:
-            experts = self.states.images.get(image).to(self.place.device, non_blocking=True)
-            self._image = image, self.fusion.image(experts)
-        return self._image[1]
-
-    def _text_side(self, texts: list[int]) -> TextSide:
-        if self._texts is None or self._texts[0] is not texts:
-            experts, mask = self.states.padded_texts(texts)
-            side = self.fusion.texts(experts.to(self.place.device), mask.to(self.place.device))
-            self._texts = texts, side
-        return self._texts[1]
 
 
 def _shortlist(states: States, top_k: int) -> Tensor:
@@ -267,30 +211,3 @@ def _reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, place: Place) -
     moved = tensor.to(place.device).clone()
     dist.all_reduce(moved, op=operation)
     return moved.cpu()
-
-
-class _Progress:
-    """Logs pairs done, pairs per second and the time left of this rank."""
-
-    def __init__(self, total: int, world_size: int) -> None:
-        self.total, self.done = total, 0
-        self.world_size = world_size
-        self.start = self.last = time.monotonic()
-
-    def add(self, pairs: int) -> None:
-        """Call after each batch."""
-        self.done += pairs
-        now = time.monotonic()
-        if now - self.last < PROGRESS_EVERY_S and self.done < self.total:
-            return
-        self.last = now
-        rate = self.done / max(now - self.start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
-        log.info(
-            "retrieval: %d of %d pairs of this rank (of %d), %.0f pairs/s, %s to go",
-            self.done,
-            self.total,
-            self.world_size,
-            rate,
-            left,
-        )

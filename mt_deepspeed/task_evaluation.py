@@ -12,6 +12,7 @@ from data_tools.sources.answers import normal_answer
 from data_tools.sources.json_stream import entries
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.pipeline import eval_answers, eval_batches, eval_sample_ids
+from mt_deepspeed.engine.agreement import together
 from mt_deepspeed.engine.evaluate import reduce_report
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import autocast
@@ -35,7 +36,9 @@ class Classified:
     """VQA: sample id -> the data set's own number of the question."""
 
 
-def classify(pretrained: Pretrained, config: RunConfig, place: Place, max_samples: int = 0) -> Classified:
+def classify(
+    pretrained: Pretrained, config: RunConfig, place: Place, max_samples: int = 0, labelled: bool = False
+) -> Classified:
     """Runs a classifier over `data.eval`; call on all ranks.
 
     Args:
@@ -43,13 +46,15 @@ def classify(pretrained: Pretrained, config: RunConfig, place: Place, max_sample
         config: Says which data and which batch size.
         place: This rank.
         max_samples: Samples, spread evenly; 0: all.
+        labelled: Refuse questions without answers before anything is computed.
 
     Raises:
-        ValueError: VQA shards with other answers than the model's.
+        ValueError: VQA shards with other answers than the model's, or without any; a sample that cannot be read;
+            on all ranks, also where one rank met it.
     """
     task = pretrained.task
     assert isinstance(task, ClassificationTask)
-    if config.task == "vqa" and eval_answers(config) != list(pretrained.answers):
+    if config.task == "vqa" and eval_answers(config, labelled) != list(pretrained.answers):
         raise ValueError(
             f"the answers of {config.data.eval[0].path} are not those the model was trained on; convert the data "
             "with --answers and the shards it was trained on"
@@ -58,7 +63,8 @@ def classify(pretrained: Pretrained, config: RunConfig, place: Place, max_sample
     predictions: dict[int, int] = {}
     questions: dict[int, int] = {}
     task.eval_sets = eval_set_names(config)
-    with torch.no_grad(), autocast(config.train.precision, place.device):
+
+    def own_share() -> None:
         for batch in eval_batches(config, place.rank, place.world_size, max_samples):
             if len(batch["sample_ids"]) == 0:
                 continue
@@ -66,9 +72,12 @@ def classify(pretrained: Pretrained, config: RunConfig, place: Place, max_sample
             logits = task.logits(on_device).float()
             add_reports(total, task.metrics(logits, on_device))
             ids = batch["sample_ids"].tolist()
-            predictions |= dict(zip(ids, logits.argmax(dim=-1).tolist(), strict=True))
+            predictions.update(zip(ids, logits.argmax(dim=-1).tolist(), strict=True))
             if "question_ids" in batch:
-                questions |= dict(zip(ids, batch["question_ids"].tolist(), strict=True))
+                questions.update(zip(ids, batch["question_ids"].tolist(), strict=True))
+
+    with torch.no_grad(), autocast(config.train.precision, place.device):
+        together(own_share, "evaluation")
     predictions = merge_by_id(predictions)
     expected = eval_sample_ids(config, max_samples).tolist()
     if sorted(predictions) != expected:

@@ -10,7 +10,7 @@ resume is to start at another step, with any number of ranks and workers.
 import itertools
 import signal
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,15 @@ def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64
     return np.arange(count) * num_pairs // count
 
 
-def eval_answers(config: RunConfig) -> list[str]:
-    """The answers that the labels of VQA evaluation data stand for."""
-    return answer_vocabulary(config, _eval_corpus(config))
+def eval_answers(config: RunConfig, labelled: bool) -> list[str]:
+    """The answers that the labels of VQA evaluation data stand for.
+
+    Raises:
+        ValueError: Data sets differ in them; a question without answers, where `labelled` asks for some.
+    """
+    corpus = _eval_corpus(config)
+    check_annotations(config, corpus, "data.eval", training=labelled)
+    return answer_vocabulary(config, corpus)
 
 
 def _eval_corpus(config: RunConfig) -> Corpus:
@@ -288,14 +294,23 @@ def _check_text(config: RunConfig, vocab_size: int, pad_id: int) -> None:
         raise ValueError(f"data.max_text_len {data.max_text_len}: choose 3 to {longest} for this model")
 
 
-class _Maker(Dataset[Made]):
-    """A map-style view for `DataLoader`: the key is the plan itself."""
+class _Maker(Dataset["Made | ValueError"]):
+    """What the workers run; for `DataLoader` a map-style view whose key is the plan itself.
+
+    An error comes back as a value: raised in a worker, it would arrive with the worker's traceback in its message.
+    """
 
     def __init__(self, maker: Maker) -> None:
         self._maker = maker
 
-    def __getitem__(self, plan: MicroBatch) -> Made:
-        return self._maker(plan)
+    def __call__(self, plan: MicroBatch) -> Made | ValueError:
+        try:
+            return self._maker(plan)
+        except ValueError as error:
+            return error
+
+    def __getitem__(self, plan: MicroBatch) -> Made | ValueError:
+        return self(plan)
 
 
 def _ignore_stop_signals(worker: int) -> None:
@@ -312,8 +327,9 @@ def produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Gene
     from a fork server, since forking a process with CUDA, NCCL or OpenMP threads is not safe.
     """
     cuda = torch.cuda.is_available()
+    made: Iterable[Made | ValueError]
     if data.num_workers > 0 and data.worker_kind == "process":
-        yield from DataLoader(
+        made = DataLoader(
             _Maker(maker),
             batch_size=None,
             sampler=plans,
@@ -323,5 +339,11 @@ def produce(plans: Iterator[MicroBatch], maker: Maker, data: DataConfig) -> Gene
             worker_init_fn=_ignore_stop_signals,
         )
     else:
-        node: BaseNode[Made] = ParallelMapper(IterableWrapper(plans), maker, data.num_workers)
-        yield from PinMemory(node) if cuda else node
+        node: BaseNode[Made | ValueError] = ParallelMapper(
+            IterableWrapper(plans), _Maker(maker), data.num_workers
+        )
+        made = PinMemory(node) if cuda else node
+    for one in made:
+        if isinstance(one, ValueError):
+            raise one
+        yield one
