@@ -30,6 +30,7 @@ class Purpose(enum.IntEnum):
     FALSE_TEXT = 6
     SPARE = 7
     FALSE_SPARE = 8
+    EVALUATION = 9
 
 
 def keyed_generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:

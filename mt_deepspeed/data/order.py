@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mt_deepspeed.data.keyed import permute, round_keys
+from mt_deepspeed.data.keyed import Purpose, keyed_bits, permute, round_keys
 from mt_deepspeed.data.shuffle import BlockShuffle, Found
 
 PERIOD = 1000
@@ -137,6 +137,17 @@ def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
             "never be drawn; give it more or leave the data set out"
         )
     return tuple(counts.tolist())
+
+
+def evaluated_pairs(positions_K: _Int64, num_pairs: int, count: int, seed: int) -> _Int64:
+    """The pairs `[K]` at these positions of an evaluation: one drawn from each of `count` equal stretches of the data.
+
+    Drawn, since a fixed stride would meet one kind of pair only where kinds take turns (three hypotheses a picture).
+    """
+    first_K = positions_K * num_pairs // count
+    sizes_K = (positions_K + 1) * num_pairs // count - first_K
+    bits_K = keyed_bits(seed, positions_K, Purpose.EVALUATION)
+    return first_K + (bits_K % sizes_K.astype(np.uint64)).astype(np.int64)
 
 
 def micro_batches(

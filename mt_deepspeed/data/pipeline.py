@@ -24,7 +24,7 @@ from mt_deepspeed.config.run import DataConfig, DatasetConfig, RunConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, Negatives
 from mt_deepspeed.data.corpus import Corpus, ReadAhead
 from mt_deepspeed.data.keyed import Purpose, keyed_bits
-from mt_deepspeed.data.order import SampleOrder, micro_batches
+from mt_deepspeed.data.order import SampleOrder, evaluated_pairs, micro_batches
 from mt_deepspeed.data.skipped import SkippedList
 from mt_deepspeed.data.task_batches import (
     SCHEMA_OF_TASK,
@@ -198,7 +198,7 @@ def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64
     """The pairs that `eval_batches` yields over all ranks, in ascending order."""
     num_pairs = _eval_corpus(config).num_pairs
     count = min(max_samples or num_pairs, num_pairs)
-    return np.arange(count) * num_pairs // count
+    return evaluated_pairs(np.arange(count), num_pairs, count, EVALUATION_SEED)
 
 
 def eval_answers(config: RunConfig, labelled: bool) -> list[str]:
@@ -217,8 +217,8 @@ def _eval_corpus(config: RunConfig) -> Corpus:
 
 
 def _eval_plan(corpus: Corpus, count: int, positions_B: _Int64) -> MicroBatch:
-    """Positions of an evaluation of `count` pairs, spread evenly; false images from the whole data set."""
-    pairs_B = positions_B * corpus.num_pairs // count
+    """Positions of an evaluation of `count` pairs, one from each equal stretch; false images from the data set."""
+    pairs_B = evaluated_pairs(positions_B, corpus.num_pairs, count, EVALUATION_SEED)
     dataset_B = np.searchsorted(corpus.offsets, pairs_B, side="right") - 1
     bits_B = keyed_bits(EVALUATION_SEED, positions_B, Purpose.NEGATIVE)
     drawn_B = (bits_B % np.asarray(corpus.sizes, np.uint64)[dataset_B]).astype(np.int64)

@@ -10,6 +10,7 @@ from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, attach_heads
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import three_way_contrastive_loss
+from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks
 from mt_deepspeed.tasks.roles import published_role
 
@@ -44,7 +45,7 @@ class ThreeWayTask(nn.Module):
         rows, self._text_len = mask_BL.shape
         texts = self.model.encode_text(batch["text_ids"], mask_BL)
         images = self.model.image_experts(self.model.encode_image(batch["pixels"]))
-        fused = self.model.fuse_experts(self.model.text_experts(texts), images, mask_BL)
+        fused = self.model.fuse_experts(self.model.text_experts(texts), images, mask_BL, pooled_from=0)
         text_BE = self.itc_text_head(texts[-1][:, 0])
         image_BE = self.itc_image_head(images[-1][:, 0])
         fused_BE = self.itc_cross_modal_head(fused.cls_feats)
@@ -57,6 +58,10 @@ class ThreeWayTask(nn.Module):
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Pairs of one micro-batch."""
         return {"itc": torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)}
+
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        return noise_batch(self.model.config, samples, text_len, samples)
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and accuracy within one evaluation batch; they depend on its size."""
@@ -76,10 +81,12 @@ class ThreeWayTask(nn.Module):
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
 
-    def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward per sample, at the last batch's text length."""
-        tokens = self._text_len or self.model.config.text.max_positions
-        return 3 * forward_flops(self.model.config, tokens, pairs=1, images=1, masked_tokens=0, texts=1)
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
+        tokens = text_len or self._text_len or self.model.config.text.max_positions
+        return 3 * forward_flops(
+            self.model.config, tokens, pairs=1, images=1, masked_tokens=0, texts=1, pooled=1
+        )
 
     @staticmethod
     def parameter_role(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mt_deepspeed.kernels.manager_aggregation import dispatch
 from mt_deepspeed.kernels.manager_aggregation.noise import Philox, philox_normal
@@ -44,8 +45,10 @@ def _statistics_of(rows: list[Tensor], eps: float, backend: str) -> Tensor:
 
 
 def _is_plain(experts: Sequence[Tensor]) -> bool:
-    """Whether a backend may be called directly: nothing traces or fakes."""
-    return type(experts[0]) is Tensor and not torch.compiler.is_compiling()
+    """Whether a backend may be called directly: nothing traces, fakes or counts, which should meet one operator."""
+    return (
+        type(experts[0]) is Tensor and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    )
 
 
 def manager_aggregation(

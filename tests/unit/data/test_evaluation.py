@@ -5,10 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mt_deepspeed.config.run import DatasetConfig
+from mt_deepspeed.data.order import evaluated_pairs
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from tests.helpers.datasets import configuration, make_rows
+
+
+@given(num_pairs=st.integers(1, 10**9), count=st.integers(1, 500), seed=st.integers(0, 2**63))
+def test_an_evaluation_takes_one_pair_of_each_stretch(num_pairs: int, count: int, seed: int) -> None:
+    count = min(count, num_pairs)
+    pairs = evaluated_pairs(np.arange(count), num_pairs, count, seed)
+    starts = [i * num_pairs // count for i in range(count + 1)]
+    assert all(first <= pair < last for first, pair, last in zip(starts[:-1], pairs, starts[1:], strict=True))
+
+
+def test_kinds_that_take_turns_are_all_evaluated() -> None:
+    kinds = np.bincount(evaluated_pairs(np.arange(300), 1800, 300, 0) % 3)
+    assert kinds.min() > 70
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -36,8 +52,7 @@ def test_evaluation_takes_every_pair_once(root: Path, world_size: int, max_sampl
     ]
     taken = [ids for ids, _, _ in expected]
     assert taken == sorted(set(taken))
-    gaps = np.diff([*taken, len(all_pairs)])
-    assert gaps.max() - gaps.min() <= 1
+    assert set(taken) <= set(range(len(all_pairs)))
     assert {ids: rest for ids, *rest in found} == {ids: rest for ids, *rest in expected}
     assert len(found) == len(expected)
     assert len(expected) == (
