@@ -39,9 +39,9 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
 from mt_deepspeed.engine.watchdog import Watchdog
 from mt_deepspeed.evaluation.visual_words import GREY
-from mt_deepspeed.pretrained import keep_answers, load
-from mt_deepspeed.retrieval_evaluation import retrieve
-from mt_deepspeed.starting_weights import check_start, load_starting_weights
+from mt_deepspeed.pretrained.loading import keep_answers, load
+from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
+from mt_deepspeed.scoring.retrieval import retrieve
 from mt_deepspeed.tasks import Ranks, build_task
 
 Batch = dict[str, Tensor]

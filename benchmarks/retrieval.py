@@ -10,7 +10,7 @@ the same pairs, which must agree, and are then timed in turns.
   expanded to a chunk of texts, the cross-modal encoder runs on the chunk with managers that stack the experts and
   attention that is written out (`plain_step.fuse_stacks`), under autocast
 - model: the same chunks through our model's own fusion (fused attention, statistics of experts shared)
-- ours: `mt_deepspeed.retrieval_evaluation`, texts cut to their lengths
+- ours: `mt_deepspeed.scoring.retrieval`, texts cut to their lengths
 - ours, padded: the same with 40 tokens, as the published weights need it
 
 `--plan` counts operations of both ways at the full size and predicts times; nothing of that is measured.
@@ -35,8 +35,8 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES, autocast
 from mt_deepspeed.evaluation.state_cache import StateCache
 from mt_deepspeed.models.pair_fusion import PairFusion
-from mt_deepspeed.retrieval_scoring import PairScorer
-from mt_deepspeed.retrieval_states import States, batches
+from mt_deepspeed.scoring.pairs import PairScorer
+from mt_deepspeed.scoring.states import States, batches
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.retrieval import match_scores
 

@@ -34,14 +34,14 @@ from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import add_reports, to_device
 from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
 from mt_deepspeed.evaluation.vqa_accuracy import write_submission
-from mt_deepspeed.pretrained import Pretrained, load
-from mt_deepspeed.retrieval_evaluation import RetrievalOptions, retrieve
-from mt_deepspeed.task_evaluation import (
+from mt_deepspeed.pretrained.loading import Pretrained, load
+from mt_deepspeed.scoring.classification import (
     check_questions,
     classify,
     official_accuracy,
     vqa_answers,
 )
+from mt_deepspeed.scoring.retrieval import RetrievalOptions, retrieve
 from mt_deepspeed.tasks.pretrain import PretrainTask
 
 Batch = dict[str, Tensor]

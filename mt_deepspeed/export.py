@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from mt_deepspeed.export_hf import export_bridgetower
-from mt_deepspeed.foreign_models import is_foreign, load_foreign
-from mt_deepspeed.pretrained import load
-from mt_deepspeed.pretrained_model import Pretrained
-from mt_deepspeed.probe import probe
+from mt_deepspeed.pretrained.foreign import is_foreign, load_foreign
+from mt_deepspeed.pretrained.hf_folder import export_bridgetower
+from mt_deepspeed.pretrained.loading import load
+from mt_deepspeed.pretrained.model import Pretrained
+from mt_deepspeed.pretrained.probe import probe
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mt_deepspeed.embeddings import write_embeddings
-from mt_deepspeed.pretrained import load
-from mt_deepspeed.pretrained_model import Guess, Pretrained
-from mt_deepspeed.questions import Question, pictures_in, question, read_rows, text_of
+from mt_deepspeed.pretrained.embeddings import write_embeddings
+from mt_deepspeed.pretrained.loading import load
+from mt_deepspeed.pretrained.model import Guess, Pretrained
+from mt_deepspeed.pretrained.questions import Question, pictures_in, question, read_rows, text_of
 
 SOME_FAILED = 3
 """Exit code where pictures cannot be decoded."""

@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    from mt_deepspeed import drawings, sightings  # torch and matplotlib take seconds to import
     from mt_deepspeed.predict import rank
-    from mt_deepspeed.pretrained import load
-    from mt_deepspeed.questions import pictures_in
+    from mt_deepspeed.pretrained import drawings, sightings  # torch and matplotlib take seconds to import
+    from mt_deepspeed.pretrained.loading import load
+    from mt_deepspeed.pretrained.questions import pictures_in
 
     model = load(args.model)
     sizes = model.config.model

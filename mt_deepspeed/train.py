@@ -55,8 +55,8 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
     from mt_deepspeed.engine.store import CheckpointError
     from mt_deepspeed.engine.watchdog import Watchdog
     from mt_deepspeed.preflight import data_is_there, preflight
-    from mt_deepspeed.pretrained import keep_answers
-    from mt_deepspeed.starting_weights import check_start, load_starting_weights
+    from mt_deepspeed.pretrained.loading import keep_answers
+    from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
     from mt_deepspeed.tasks import Ranks, build_task
 
     settings = config.resilience

@@ -11,10 +11,10 @@ from mt_deepspeed.engine.gather import gather_rows
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
 from mt_deepspeed.engine.watchdog import Watchdog
-from mt_deepspeed.pretrained import keep_answers, load
-from mt_deepspeed.retrieval_evaluation import retrieve
-from mt_deepspeed.starting_weights import check_start, load_starting_weights
-from mt_deepspeed.task_evaluation import classify
+from mt_deepspeed.pretrained.loading import keep_answers, load
+from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
+from mt_deepspeed.scoring.classification import classify
+from mt_deepspeed.scoring.retrieval import retrieve
 from mt_deepspeed.tasks import CLASSIFIERS, Ranks, build_task
 from tests.helpers.datasets import VOCABULARY, make_rows, write_dataset
 from tests.helpers.task_datasets import entailment_rows, nlvr2_rows, vqa_rows

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.text import load_tokenizer, train_tokenizer
-from mt_deepspeed.pretrained_model import Pretrained
+from mt_deepspeed.pretrained.model import Pretrained
 from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import VOCABULARY, make_rows
 from tests.helpers.task_runs import ANSWERS, task_config

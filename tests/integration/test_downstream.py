@@ -13,7 +13,7 @@ from mt_deepspeed.config import load_config
 from mt_deepspeed.data.pipeline import eval_batches
 from mt_deepspeed.data.text import load_tokenizer, train_tokenizer
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.pretrained import Pretrained, save
+from mt_deepspeed.pretrained.loading import Pretrained, save
 from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import VOCABULARY
 from tests.helpers.ranks import run_ranks

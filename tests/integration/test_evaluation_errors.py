@@ -9,7 +9,7 @@ import torch
 from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.evaluate import figures, parse
-from mt_deepspeed.pretrained import Pretrained, keep_answers, save
+from mt_deepspeed.pretrained.loading import Pretrained, keep_answers, save
 from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import make_rows, write_dataset
 from tests.helpers.ranks import run_ranks

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mt_deepspeed import ManagerTower, predict, show
 from mt_deepspeed.config import from_dict, to_dict
-from mt_deepspeed.inference import outputs
-from mt_deepspeed.questions import pictures_in, read_rows, text_of
+from mt_deepspeed.pretrained.inference import outputs
+from mt_deepspeed.pretrained.questions import pictures_in, read_rows, text_of
 from tests.helpers.datasets import make_rows, write_dataset
 from tests.helpers.task_runs import ANSWERS
 from tests.helpers.tiny_pretrained import tiny_pretrained, write_pictures, write_tokenizer

@@ -16,9 +16,9 @@ from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.evaluation.recall import NOT_SCORED, recall
-from mt_deepspeed.pretrained import Pretrained, load, save
-from mt_deepspeed.retrieval_evaluation import RetrievalOptions, retrieve, score_pairs
-from mt_deepspeed.retrieval_states import different_texts
+from mt_deepspeed.pretrained.loading import Pretrained, load, save
+from mt_deepspeed.scoring.retrieval import RetrievalOptions, retrieve, score_pairs
+from mt_deepspeed.scoring.states import different_texts
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.retrieval import RetrievalTask, match_scores
 from tests.helpers.datasets import make_rows, write_dataset

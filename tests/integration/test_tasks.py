@@ -12,9 +12,9 @@ from mt_deepspeed.config import load_config
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.export import export
 from mt_deepspeed.models.state_dicts import KeyMismatchError
-from mt_deepspeed.pretrained import load
-from mt_deepspeed.starting_weights import check_start, load_starting_weights
-from mt_deepspeed.task_evaluation import check_questions, classify, official_accuracy, vqa_answers
+from mt_deepspeed.pretrained.loading import load
+from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
+from mt_deepspeed.scoring.classification import check_questions, classify, official_accuracy, vqa_answers
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.false_texts import FalseTextsTask
 from mt_deepspeed.tasks.pretrain import PretrainTask

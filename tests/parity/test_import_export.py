@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mt_deepspeed import export, load
 from mt_deepspeed.data.text import train_tokenizer
-from mt_deepspeed.foreign_models import load_foreign
 from mt_deepspeed.models.key_maps import LAYOUTS, hf_bridgetower_name, own_name
 from mt_deepspeed.models.state_dicts import plain_state_dict
 from mt_deepspeed.models.vision_tower import normalise
+from mt_deepspeed.pretrained.foreign import load_foreign
 from tests.helpers.datasets import make_rows
 from tests.helpers.tiny_pretrained import tiny_pretrained
 from tests.parity import test_transformers as library

@@ -41,6 +41,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "mt_deepspeed.tasks",
         "mt_deepspeed.kernels",
     },
+    "mt_deepspeed.pretrained": {
+        "mt_deepspeed.config",
+        "mt_deepspeed.data",
+        "mt_deepspeed.models",
+        "mt_deepspeed.tasks",
+        "mt_deepspeed.engine.weights",
+        "data_tools.sources",  # vocabularies of answers
+    },
+    "mt_deepspeed.scoring": {
+        "mt_deepspeed.config",
+        "mt_deepspeed.data",
+        "mt_deepspeed.models",
+        "mt_deepspeed.tasks",
+        "mt_deepspeed.evaluation",
+        "mt_deepspeed.engine",
+        "mt_deepspeed.pretrained",
+        "data_tools.sources",  # official annotation files
+    },
 }
 ENTRY_MODULES = "mt_deepspeed"  # the modules directly in this package: they put the rooms together
 

@@ -16,8 +16,8 @@ from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
 from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
 from mt_deepspeed.models.vision_tower import MEAN, STD
-from mt_deepspeed.pretrained_model import Pretrained
-from mt_deepspeed.starting_weights import run_state_dict
+from mt_deepspeed.pretrained.model import Pretrained
+from mt_deepspeed.pretrained.starting_weights import run_state_dict
 from mt_deepspeed.tasks import build_task
 
 FORMAT_VERSION = 1

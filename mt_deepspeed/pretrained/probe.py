@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mt_deepspeed.pretrained_model import Pretrained
+from mt_deepspeed.pretrained.model import Pretrained
 
 
 def probe(pretrained: Pretrained) -> dict[str, Tensor]:

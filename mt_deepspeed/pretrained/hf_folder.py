@@ -14,8 +14,8 @@ from mt_deepspeed.models.hf_bridgetower import to_hf_bridgetower
 from mt_deepspeed.models.key_maps import hf_bridgetower_name
 from mt_deepspeed.models.state_dicts import plain_state_dict
 from mt_deepspeed.models.vision_tower import MEAN, STD
-from mt_deepspeed.pretrained_model import Pretrained
-from mt_deepspeed.probe import probe
+from mt_deepspeed.pretrained.model import Pretrained
+from mt_deepspeed.pretrained.probe import probe
 
 CLASSES = {
     "mlm_score": "BridgeTowerForMaskedLM",

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mt_deepspeed.pretrained_model import Pretrained
+from mt_deepspeed.pretrained.model import Pretrained
 
 TEXTS_AT_ONCE = 64
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.text import CaptionTokenizer
-from mt_deepspeed.inference import (
+from mt_deepspeed.models.cross_modal import watched
+from mt_deepspeed.pretrained.inference import (
     all_pair_scores,
     has_contrastive_heads,
     image_embeddings,
@@ -18,8 +19,7 @@ from mt_deepspeed.inference import (
     pair_scores,
     text_embeddings,
 )
-from mt_deepspeed.models.cross_modal import watched
-from mt_deepspeed.processor import Picture, Processor
+from mt_deepspeed.pretrained.processor import Picture, Processor
 from mt_deepspeed.tasks import AnyTask
 
 ABILITIES = {
@@ -74,13 +74,13 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pretrained":
         """As `mt_deepspeed.load`."""
-        from mt_deepspeed.pretrained import load
+        from mt_deepspeed.pretrained.loading import load
 
         return load(folder, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes what `from_pretrained` reads."""
-        from mt_deepspeed.pretrained import save
+        from mt_deepspeed.pretrained.loading import save
 
         save(self, folder)
 

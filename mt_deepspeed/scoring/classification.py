@@ -19,7 +19,7 @@ from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import add_reports, to_device
 from mt_deepspeed.evaluation.sums import Report
 from mt_deepspeed.evaluation.vqa_accuracy import Asked, refuse_partial, vqa_accuracy
-from mt_deepspeed.pretrained import Pretrained
+from mt_deepspeed.pretrained.loading import Pretrained
 from mt_deepspeed.tasks.classification import ClassificationTask, eval_set_names
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ def question(row: Any, ability: str, folder: Path) -> Question:
 
     Args:
         row: `{"image": FILE, "text": TEXT, ...}`; for `compare` two files.
-        ability: What is asked, a key of `pretrained_model.ABILITIES`.
+        ability: What is asked, a key of `model.ABILITIES`.
         folder: Where relative picture files start.
 
     Raises:

@@ -16,7 +16,7 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES
 from mt_deepspeed.evaluation.recall import NOT_SCORED
 from mt_deepspeed.models.pair_fusion import ImageSide, PairFusion, TextSide
-from mt_deepspeed.retrieval_states import States, batches
+from mt_deepspeed.scoring.states import States, batches
 from mt_deepspeed.tasks.retrieval import match_scores
 
 log = logging.getLogger("mt_deepspeed")

@@ -23,9 +23,9 @@ from mt_deepspeed.engine.agreement import together
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.evaluation.kept_scores import KeptScores
 from mt_deepspeed.evaluation.recall import recall
-from mt_deepspeed.pretrained import Pretrained
-from mt_deepspeed.retrieval_scoring import PairScorer
-from mt_deepspeed.retrieval_states import States, batches, encode, reads_padding
+from mt_deepspeed.pretrained.loading import Pretrained
+from mt_deepspeed.scoring.pairs import PairScorer
+from mt_deepspeed.scoring.states import States, batches, encode, reads_padding
 
 log = logging.getLogger("mt_deepspeed")
 

@@ -11,8 +11,8 @@ from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.models.foreign_configs import ForeignSetup, from_reference, published_options
 from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 from mt_deepspeed.models.state_dicts import KeyReport, import_checkpoint
-from mt_deepspeed.pretrained_model import Pretrained
-from mt_deepspeed.starting_weights import HEADS
+from mt_deepspeed.pretrained.model import Pretrained
+from mt_deepspeed.pretrained.starting_weights import HEADS
 from mt_deepspeed.tasks import build_task
 
 HF_CONFIG = "config.json"

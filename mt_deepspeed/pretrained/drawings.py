@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from mt_deepspeed.sightings import Filled
+from mt_deepspeed.pretrained.sightings import Filled
 
 matplotlib.use("Agg")
 RIGHT, WRONG, OTHER = "#2e7d32", "#c62828", "#757575"

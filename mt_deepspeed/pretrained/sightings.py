@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mt_deepspeed.data.images import decode_image, to_picture
 from mt_deepspeed.data.shards import CaptionDataset
-from mt_deepspeed.pretrained_model import Guess, Pretrained
-from mt_deepspeed.processor import Picture
+from mt_deepspeed.pretrained.model import Guess, Pretrained
+from mt_deepspeed.pretrained.processor import Picture
 from mt_deepspeed.tasks.heatmaps import manager_weights
 
 

@@ -1,0 +1,1 @@
+"""Trained models over whole splits, on all ranks: every sample once."""
