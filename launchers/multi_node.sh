@@ -50,11 +50,29 @@ case $launcher in srun | slurm | pdsh) ;; *) fail "--launcher '$launcher'" "give
 cd "$REPO_ROOT"
 mkdir -p runs
 
-# hand_on: what deepspeed is to set on the nodes that it reaches by ssh, which takes no variables along.
+# hand_on: what deepspeed is to set on the nodes that it reaches by ssh, which takes no variables along, and what the
+# user's own file for this says. The values become part of command lines that other users can see: no HF_TOKEN.
 hand_on() {
-    export DS_ENV_FILE=$REPO_ROOT/runs/variables.$$
-    env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|SLURM_JOB_END_TIME|((MT|DS|HF|NCCL|GLOO|TOKENIZERS)_[A-Z_]*))=' \
-        >"$DS_ENV_FILE"
+    local file=$REPO_ROOT/runs/variables.$$ given=${DS_ENV_FILE:-.deepspeed_env} one
+    if [ "${DRY_RUN:-false}" = true ]; then return; fi
+    # Where deepspeed would look for the user's file.
+    local own=("${HOME:-}/$given" "$given")
+    if [[ $given == /* ]]; then own=("$given"); fi
+    rm -f -- "$file"
+    (
+        umask 077
+        {
+            env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|NVME_PATH|SLURM_JOB_END_TIME|((MT|DS|HF|NCCL|GLOO|TOKENIZERS)_[A-Z0-9_]*))=' |
+                grep -v -E '^(HF_TOKEN|DS_ENV_FILE)='
+            for one in "${own[@]}"; do
+                if [ -f "$one" ]; then awk 1 "$one"; fi
+            done
+        } >"$file"
+    )
+    # Open, but without a name: however this ends, it leaves no file.
+    exec 3<"$file"
+    rm -f -- "$file"
+    export DS_ENV_FILE=/dev/fd/3
 }
 
 if [ -n "$hostfile" ]; then

@@ -19,6 +19,7 @@ case "$*" in
     *"import deepspeed"* | *"find_spec"*) exit "${IMPORT_STATUS:-0}" ;;
     *"--print-config") echo "run_dir: $TMPDIR/run" ;;
     *"device_count"*) echo "${GPUS:-0}" ;;
+    "-m deepspeed.launcher.runner"*) cat "$DS_ENV_FILE" ;;
     "-m pytest"*) printf 'pytest: '; printf '<%s>' "$@"; echo ;;
     *) exec "REAL_PYTHON" "$@" ;;
 esac
@@ -184,6 +185,28 @@ def test_multi_node_over_ssh(clone: Clone, tmp_path: Path) -> None:
     missing = clone.run("launchers/multi_node.sh", "--hostfile", "hosts", IMPORT_STATUS="1")
     assert "cannot import mt_deepspeed" in missing.stderr
     assert "--setup-only" in missing.stderr
+
+
+def test_variables_that_go_to_other_nodes(clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=2\n")
+    (tmp_path / "own").write_text("FAVOURITE=7")
+    variables = {"NCCL_P2P_DISABLE": "1", "NVME_PATH": "/scratch", "HF_HOME": "/models"}
+    more = {"HF_TOKEN": "secret", "DS_ENV_FILE": str(tmp_path / "own"), "UNKNOWN": "x"}
+    arguments = ("--hostfile", "hosts", "--preset", "x")
+    result = clone.run("launchers/multi_node.sh", *arguments, **variables, **more)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert {f"{name}={value}" for name, value in variables.items()} <= set(lines)
+    assert lines[-1] == "FAVOURITE=7"
+    assert not [line for line in lines if line.startswith(("HF_TOKEN=", "DS_ENV_FILE=", "UNKNOWN="))]
+    assert list((clone.root / "runs").iterdir()) == []
+
+
+def test_a_dry_run_writes_no_variables(clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=2\n")
+    result = clone.run("launchers/multi_node.sh", "--hostfile", "hosts", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert list((clone.root / "runs").iterdir()) == []
 
 
 SLURM = {
