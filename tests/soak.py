@@ -34,7 +34,6 @@ from tests.helpers.slurm_cluster import Cluster, missing_programs
 from tests.helpers.small_jobs import ROOT, TWO_NODES, VARIABLES, make_raw, make_shards, train_arguments
 
 SAVE_EVERY = 10
-WAIT_S = 600.0
 # A rank that hangs is found after these, in a step and in a start.
 LIMITS = ("resilience.step_timeout_s=20", "resilience.first_step_timeout_s=90")
 
@@ -79,6 +78,11 @@ class Soak:
     def run_dir(self) -> Path:
         return self.folder / "disturbed"
 
+    @property
+    def wait_s(self) -> float:
+        """How long anything may take, an undisturbed run included."""
+        return max(600.0, self.steps)
+
     def submit(self, run_dir: Path) -> str:
         """A training job on two nodes; restarts at the same step are part of the plan."""
         length = [f"train.max_steps={self.steps}", f"checkpoint.every_steps={SAVE_EVERY}"]
@@ -119,24 +123,29 @@ class Soak:
     def _wait_for_a_restart(self, job: str, restarts: int) -> None:
         """A job that ends instead was hit after its last step."""
         self.cluster.wait_until(
-            lambda: self._restarts(job) > restarts or self._ended(job), "a restart of the job", WAIT_S
+            lambda: self._restarts(job) > restarts or self._ended(job), "a restart of the job", self.wait_s
         )
 
     def _wait_for_a_moment(self, job: str) -> bool:
         """Waits for a random time in the life of a start; False: the job has ended."""
+        self._live_a_while(job)
+        while not self._ended(job):
+            if len(self.cluster.ranks(job)) == 2:
+                return True
+            self._live_a_while(job)  # the start ended meanwhile
+        return False
+
+    def _live_a_while(self, job: str) -> None:
         self.cluster.wait_until(
-            lambda: len(self.cluster.ranks(job)) == 2 or self._ended(job), "two ranks", WAIT_S
+            lambda: len(self.cluster.ranks(job)) == 2 or self._ended(job), "two ranks", self.wait_s
         )
-        if self._ended(job):
-            return False
         if self.rng.random() < 0.3:
             time.sleep(self.rng.uniform(0, 8))  # in the imports, the rendezvous or the loading
         else:
             count = len(records(self.run_dir)) + self.rng.randint(1, 3 * SAVE_EVERY)
             self.cluster.wait_until(
-                lambda: len(records(self.run_dir)) >= count or self._ended(job), "steps", WAIT_S
+                lambda: len(records(self.run_dir)) >= count or self._ended(job), "steps", self.wait_s
             )
-        return not self._ended(job) and len(self.cluster.ranks(job)) == 2
 
     def _kill_rank(self, job: str) -> str:
         rank = self.rng.choice(sorted(self.cluster.ranks(job)))
@@ -148,7 +157,9 @@ class Soak:
         node = self.rng.choice(nodes)
         self.cluster.kill_node(node)
         self.cluster.wait_until(
-            lambda: self.cluster.job(job).get("JobState") != "RUNNING", "the lost node to be noticed", WAIT_S
+            lambda: self.cluster.job(job).get("JobState") != "RUNNING",
+            "the lost node to be noticed",
+            self.wait_s,
         )
         self.cluster.start_node(node)
         return f"kill -9 of all of node {node}"
@@ -238,11 +249,11 @@ def soak(folder: Path, minutes: float, seed: int, steps: int, most: int) -> list
             f"load average {os.getloadavg()[0]:.1f}; {steps} steps, a checkpoint every {SAVE_EVERY}",
             flush=True,
         )
-        cluster.wait(job.submit(undisturbed), WAIT_S, Path(f"{undisturbed}.out"))
+        cluster.wait(job.submit(undisturbed), job.wait_s, Path(f"{undisturbed}.out"))
         started = time.time()
         number = job.submit(job.run_dir)
         job.disturb(number, time.monotonic() + 60 * minutes, most)
-        state = cluster.wait(number, WAIT_S, Path(f"{job.run_dir}.out"))
+        state = cluster.wait(number, job.wait_s, Path(f"{job.run_dir}.out"))
     if state["JobState"] != "COMPLETED":
         return [f"the job ended as {state['JobState']}: {Path(f'{job.run_dir}.out')}"]
     made, wall_s = records(job.run_dir), time.time() - started
@@ -253,6 +264,8 @@ def soak(folder: Path, minutes: float, seed: int, steps: int, most: int) -> list
     for name, run_dir in (("undisturbed", undisturbed), ("disturbed", job.run_dir)):
         print(f"{name}: {goodput(run_dir)}")
     wrong = differences(job.run_dir, undisturbed, steps)
+    if len(job.faults) < min(most, 5):
+        wrong.append(f"only {len(job.faults)} faults, expected at least {min(most, 5)}")
     if max(lost, default=0) > 2 * SAVE_EVERY:  # the newest checkpoint may have been on its way
         wrong.append(f"{max(lost)} steps lost at once, more than two intervals of {SAVE_EVERY}")
     return wrong
