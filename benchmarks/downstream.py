@@ -10,8 +10,8 @@ nothing, is measured on pictures that no training has seen. Blind runs start fro
 Retrieval needs none: a ranking that does not depend on the query is chance. Chance is the best constant answer; for
 retrieval, a draw among the pictures or texts.
 
-Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row is there, and prints a table of
-means and spreads over the seeds.
+Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row (task, way, seed and number of
+steps) is there, and prints a table of means and spreads over the seeds.
 """
 
 import argparse
@@ -136,18 +136,20 @@ def curve(run_dir: Path) -> str:
 
 def table() -> str:
     """Markdown of the rows that are there: mean and spread (lowest to highest) in per cent."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for task, way, _, value, base in measured(FILE, ("task", "way", "seed", "value", "chance")):
-        found[task, way].append(100 * float(value))
-        found[task, "chance"] = [100 * float(base)]
-    lines = [f"| task | chance | {' | '.join(WAYS)} |", "|---|---|" + "---|" * len(WAYS)]
-    for task in TESTED:
+    found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    columns = ("task", "steps", "way", "seed", "value", "chance")
+    for task, steps, way, _, value, base in measured(FILE, columns):
+        found[task, int(steps), way].append(100 * float(value))
+        found[task, int(steps), "chance"] = [100 * float(base)]
+    lines = [f"| task | steps | chance | {' | '.join(WAYS)} |", "|---|---|---|" + "---|" * len(WAYS)]
+    lengths = {(task, steps) for task, steps, _ in found}
+    for task, length in sorted(lengths, key=lambda one: (list(TESTED).index(one[0]), one[1])):
         cells = []
         for way in ("chance", *WAYS):
-            values = found.get((task, way), [])
+            values = found.get((task, length, way), [])
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
-        lines.append(f"| {task} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {length} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -177,11 +179,16 @@ def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
 
 def measure_all(place: Place, args: argparse.Namespace) -> None:
     """All runs that have no row yet: seed by seed, so that a job that is cut short leaves whole tables."""
-    done = measured(FILE, ("task", "way", "seed"))
+    done = measured(FILE, ("task", "way", "seed", "steps"))
+    root = f"data.root={args.shards.resolve()}"
+    steps = {
+        task: load_config(f"quickstart-{task}", (), [root, *args.set]).train.max_steps for task in args.tasks
+    }
     for seed in args.seeds:
         for task in args.tasks:
             for way in args.ways:
-                if (task, way, str(seed)) not in done and not (task == "retrieval" and way in BLIND):
+                row = (task, way, str(seed), str(steps[task]))
+                if row not in done and not (task == "retrieval" and way in BLIND):
                     measure(place, args, task, way, seed)
     print(table())
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth
 
-Forward and backward of pre-training, in float32 on the CPU, of a model that is small enough to be tried at 21 points:
+Forward and backward of pre-training, in float32 on the CPU, of a model that is small enough to be tried at 22 points:
 towers of 6 layers, 3 cross-modal layers, all 256 wide, pictures of 224 px, 2 samples, texts of 16 tokens, 6 managed
 layers; one of these changes at a time. `ours` beside `plain` (`benchmarks.plain_step`; here with the same texts).
 Seconds are processor time, the smallest of several rounds in which both take turns; memory is the most bytes alive
