@@ -94,6 +94,7 @@ PRIVATE_TEXT = re.compile(
     r"|\bissue #?\d|house\.md|anchors\.md|managertower\.md|platform\.md|\bspec(ification)? \d+\.\d",
     re.IGNORECASE,
 )
+CONFLICT_MARKS = ("<" * 7, ">" * 7)
 
 
 def python_files() -> list[Path]:
@@ -235,4 +236,6 @@ def test_text_speaks_of_the_project_only() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if found := PRIVATE_TEXT.search(line):
                 faults.append(f"{path.relative_to(ROOT)}:{number}: {found[0]!r}")
+            if line.startswith(CONFLICT_MARKS):
+                faults.append(f"{path.relative_to(ROOT)}:{number}: a conflict of a merge")
     assert not faults, "\n".join(faults)
