@@ -40,7 +40,7 @@ REQUIREMENTS = [
     "psutil",
     "pyarrow",
     "pyyaml",
-    "safetensors",
+    "safetensors>=0.8",  # engine/durable.py says why
     "tensorboard",
     "torch>=2.8",
     "torchdata>=0.11",

@@ -1,4 +1,8 @@
-"""File operations that survive a crash: data is on disk before its name appears."""
+"""File operations that survive a crash: data is on disk before its name appears.
+
+Checkpoints are written by a thread beside training, so `safetensors` must let go of the interpreter's lock while it
+writes. Older versions hold it; 0.8.0 is the oldest this was tested with.
+"""
 
 from __future__ import annotations
 
