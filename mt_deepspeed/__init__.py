@@ -1,7 +1,7 @@
 """ManagerTower and its family, pre-trained with DeepSpeed.
 
 `ManagerTower.from_pretrained(folder)` and `load(folder)` are the same and give a model of any kind with its
-processor; see `mt_deepspeed.pretrained_model.Pretrained`.
+processor; see `mt_deepspeed.pretrained.model.Pretrained`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ __all__ = ["ManagerTower", "load"]
 
 
 def load(folder: str | Path, device: str = "cpu") -> "Pretrained":
-    """Loads an exported model or a run folder; see `mt_deepspeed.pretrained.load`."""
+    """Loads an exported model or a run folder; see `mt_deepspeed.pretrained.loading.load`."""
     from mt_deepspeed.pretrained.loading import load as load_pretrained  # torch takes seconds to import
 
     return load_pretrained(folder, device)

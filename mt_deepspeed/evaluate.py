@@ -46,11 +46,14 @@ from mt_deepspeed.tasks.pretrain import PretrainTask
 
 Batch = dict[str, Tensor]
 
+LONGEST_S = 24 * 3600.0
+"""That ranks with little to score may wait for others; the launcher ends all when one dies."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     args = parse(arguments)
-    place = launch.init()
+    place = launch.init(timeout_s=LONGEST_S)
     try:
         metrics = figures(place, args)
     except ValueError as error:
@@ -69,6 +72,7 @@ def figures(place: Place, args: argparse.Namespace) -> dict[str, float]:
     """What the command line asks for; call on all ranks."""
     pretrained = load(args.checkpoint, place.device)
     config = _config(pretrained.config, args)
+    _refuse_unused(config, args)
     if config.task == "retrieval" or args.retrieval:
         return retrieve(pretrained, config, place, RetrievalOptions(args.top_k, args.cache_gib, args.keep))
     if config.task == "pretrain":
@@ -88,6 +92,19 @@ def figures(place: Place, args: argparse.Namespace) -> dict[str, float]:
         args.predictions.parent.mkdir(parents=True, exist_ok=True)
         args.predictions.write_text(json.dumps(classified.predictions, indent=0) + "\n", "utf-8")
     return dict(sorted(metrics.items()))
+
+
+def _refuse_unused(config: RunConfig, args: argparse.Namespace) -> None:
+    ranks = config.task == "retrieval" or args.retrieval
+    for flag, given, fits in (
+        ("--top-k", args.top_k, ranks),
+        ("--keep", args.keep, ranks),
+        ("--predictions", args.predictions, not ranks and config.task != "pretrain"),
+        ("--annotations", args.annotations, config.task == "vqa"),
+        ("--questions", args.questions, config.task == "vqa"),
+    ):
+        if given and not fits:
+            raise ValueError(f"{flag}: has no meaning for a model of task {config.task}; leave it out")
 
 
 def evaluate_pretrained(
@@ -224,7 +241,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=64, help="pairs per rank and forward pass (default: 64)"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's; bf16 for an exported model"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args(arguments)

@@ -10,6 +10,7 @@ reads (BridgeTower only). Either is loaded back, and its logits are compared, be
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from mt_deepspeed.pretrained.probe import probe
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     args = _parse(arguments)
+    out = args.out.resolve()
+    part = out.with_name(out.name + ".part")  # becomes --out when it has proved right
     try:
         _refuse_other_content(args.out)
         if is_foreign(args.checkpoint):
@@ -34,13 +37,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--checkpoint {args.checkpoint}: brings its own tokenizer and answers")
         else:
             pretrained = load(args.checkpoint)
+        shutil.rmtree(part, ignore_errors=True)
         if args.format == "hf-bridgetower":
-            differences, notes = export_bridgetower(pretrained, args.out)
+            differences, notes = export_bridgetower(pretrained, part)
             print("".join(f"{note}\n" for note in notes), end="")
             shown = "; ".join(f"{kind}: logits within {value:.1e}" for kind, value in differences.items())
         else:
-            export(pretrained, args.out)
+            export(pretrained, part)
             shown = "logits of the reloaded model are equal"
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     files = sorted(file.name for file in args.out.iterdir())

@@ -63,7 +63,8 @@ def _predict(args: argparse.Namespace) -> int:
         questions = _questions(args)
         model = load(args.model, args.device)
         model.need(args.what)
-        return _write(ask(model, args.what, questions, args.top, args.batch_size), args.out)
+        top = getattr(args, "top", 1)
+        return _write(ask(model, args.what, questions, top, args.batch_size), args.out)
     texts = list(args.text or [])
     if args.input is not None:
         texts += read_rows(args.input, text_of)
@@ -126,7 +127,8 @@ def ask(
             stacked = torch.stack([one for one in ordered if isinstance(one, Tensor)])
             found = _asked(model, what, stacked, [rows[i].text for i in good], top)
             for i, result in zip(good, found, strict=True):
-                results[i] = {**rows[i].given, **result}
+                given = {key: value for key, value in rows[i].given.items() if key != "error"}
+                results[i] = {**given, **result}
         yield from results
 
 
@@ -250,7 +252,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--text", nargs="+", help="texts")
         if name == "rank":
             verb.add_argument("--by", choices=("text", "image"), default="text", help="one ranking for each")
-        if name != "embed":
+        if name in ("answer", "fill-mask", "rank"):
             verb.add_argument("--top", type=int, default=5, help="results per row (default: 5)")
         verb.add_argument("--out", type=Path, required=name == "embed", help="file to write")
     args = parser.parse_args(arguments)

@@ -154,8 +154,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     ranking.add_argument("--text", nargs="+", required=True, help="texts")
     ranking.add_argument("--top", type=int, default=6, help="pictures per text (default: 6)")
     args = parser.parse_args(arguments)
-    if args.what == "managers" and not (args.shards or (args.image and args.text)):
-        verbs.choices["managers"].error("give --shards, or --image and --text")
+    if args.what == "managers":
+        alone = args.image is not None and args.text is not None
+        if alone == (args.shards is not None) or (args.image is None) != (args.text is None):
+            verbs.choices["managers"].error("give --shards, or --image and --text")
+    if min(getattr(args, "num", 1), getattr(args, "top", 1)) < 1:
+        verbs.choices[args.what].error("--num and --top must be at least 1")
     return args
 
 

@@ -63,7 +63,7 @@ class RetrievalItems:
 
     @property
     def digest(self) -> str:
-        """Names images and texts, and the tokens they became."""
+        """Names images and texts."""
         return self._corpus.digest
 
     def pixels(self, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:

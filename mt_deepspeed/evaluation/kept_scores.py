@@ -1,7 +1,9 @@
 """Scores of finished blocks on disk, so that an interrupted evaluation goes on where it stopped."""
 
+import io
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,15 +48,17 @@ class KeptScores:
                     f"{identity[name]}; name another folder, or delete it to start anew"
                 )
 
-    def load(self, block: int, shape: tuple[int, int]) -> Tensor | None:
-        """Scores of a finished block, or None.
+    def finished(self) -> list[int]:
+        """Numbers of the finished blocks, in order."""
+        return sorted(int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-*.npy"))
+
+    def load(self, block: int, shape: tuple[int, int]) -> Tensor:
+        """Scores of a finished block.
 
         Raises:
             ValueError: The file is damaged.
         """
         path = self._path(block)
-        if not path.exists():
-            return None
         try:
             scores = torch.from_numpy(np.load(path))
         except (OSError, ValueError, EOFError) as error:
@@ -67,19 +71,18 @@ class KeptScores:
 
     def keep(self, block: int, scores: Tensor) -> None:
         """Writes the scores of a finished block; the file appears whole or not at all."""
-        path = self._path(block)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            np.save(file, scores.numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        content = io.BytesIO()
+        np.save(content, scores.numpy())
+        _write(self._path(block), content.getbuffer())
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:06d}.npy"
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _write(path: Path, content: bytes | memoryview) -> None:
+    # Not named by the process: ranks of two nodes may have the same number.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)

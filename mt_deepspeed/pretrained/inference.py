@@ -63,7 +63,7 @@ def all_pair_scores(task: Any, text_ids: Tensor, text_mask: Tensor, pixels: Tens
     for ids_L, mask_L in zip(text_ids, text_mask, strict=True):
         texts = model.text_experts(model.encode_text(ids_L[None], mask_L[None]))
         repeated = [expert.expand(len(pixels), -1, -1) for expert in texts]
-        fused = model.fuse_experts(repeated, images, mask_L.expand(len(pixels), -1))
+        fused = model.fuse_experts(repeated, images, mask_L.expand(len(pixels), -1), pooled_from=0)
         rows.append(_fused_scores(task, fused.cls_feats))
     return torch.stack(rows)
 

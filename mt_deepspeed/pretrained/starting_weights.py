@@ -16,7 +16,7 @@ from mt_deepspeed.tasks.false_texts import FalseTextsTask
 
 log = logging.getLogger(__name__)
 
-HEADS = ("*_score.*", "*_classifier.*", "rank_output.*", "*itc*", "temperature")
+HEADS = ("*_score.*", "*_classifier.*", "rank_output.*", "*itc*", "temperature", "logit_scale")
 """Parameters that belong to a task: a starting checkpoint may lack them, or bring others."""
 
 MAY_DIFFER = {
@@ -76,7 +76,9 @@ def _source_config(folder: Path) -> RunConfig | None:
     if (run / "config.yaml").is_file():
         return load_config(files=[run / "config.yaml"])
     if (folder / "vocab.json").is_file() and (folder / "config.json").is_file():
-        return from_dict(RunConfig, json.loads((folder / "config.json").read_text("utf-8"))["config"])
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        # Folders of transformers have files of the same names.
+        return from_dict(RunConfig, settings["config"]) if "config" in settings else None
     return None
 
 

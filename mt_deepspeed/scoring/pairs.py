@@ -6,6 +6,7 @@ Shapes: R images of this rank, U different texts.
 import logging
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,7 +48,11 @@ class PairScorer:
         self._texts: tuple[list[int], TextSide] | None = None
 
     def __call__(self, images: range) -> Tensor:
-        """Scores `[images, U]` float32 on the CPU, `NOT_SCORED` where not wanted."""
+        """Scores `[images, U]` float32 on the CPU, `NOT_SCORED` where not wanted.
+
+        Raises:
+            ValueError: A score is not a number.
+        """
         size = (len(images), len(self.states.texts.lengths))
         scores = torch.full(size, NOT_SCORED, device=self.place.device)
         for image, texts in self.tiles(images):
@@ -56,6 +61,11 @@ class PairScorer:
             with torch.no_grad():
                 scores[image - images.start, columns] = match_scores(self.task, cls_feats.float())
             self.progress.add(len(texts))
+        if bool(scores.isnan().any()):  # a ranking would take them for the best
+            raise ValueError(
+                "matching scores are not numbers: the model's weights are damaged, or they overflow; try "
+                "--precision fp32"
+            )
         return scores.cpu()
 
     def tiles(self, images: range) -> Iterator[tuple[int, list[int]]]:
@@ -98,7 +108,7 @@ class _Progress:
             return
         self.last = now
         rate = self.done / max(now - self.start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+        left = timedelta(seconds=round((self.total - self.done) / rate))
         log.info(
             "retrieval: %d of %d pairs of this rank (of %d), %.0f pairs/s, %s to go",
             self.done,

@@ -10,7 +10,7 @@ Shapes: I images, R of them on this rank, T texts, U different texts, E contrast
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -85,26 +85,32 @@ def score_pairs(pretrained: Pretrained, config: RunConfig, place: Place, options
     check_heads(pretrained, options.top_k)
     items = together(lambda: RetrievalItems(config, place.rank, place.world_size), "opening the data")
     blocks = image_blocks(items.num_images)
-    own = {block: blocks[block] for block in range(place.rank, len(blocks), place.world_size)}
 
-    def opened() -> tuple[KeptScores | None, dict[int, Tensor]]:
+    def opened() -> tuple[KeptScores | None, list[int]]:
         if options.keep is None:
-            return None, {}
+            return None, []
         kept = KeptScores(options.keep, _identity(pretrained, config, items, options.top_k))
-        found = {block: kept.load(block, (len(images), items.num_texts)) for block, images in own.items()}
-        return kept, {block: scores for block, scores in found.items() if scores is not None}
+        return kept, kept.finished()  # the same on all ranks: nobody writes before all have looked
 
-    kept, done = together(opened, "opening the kept scores")
-    left = int(_reduced(torch.tensor(len(own) - len(done)), dist.ReduceOp.SUM, place))
-    log.info("retrieval: %d of %d blocks of images are left to score", left, len(blocks))
+    kept, finished = together(opened, "opening the kept scores")
+    left = [block for block in range(len(blocks)) if block not in set(finished)]
+    log.info("retrieval: %d of %d blocks of images are left to score", len(left), len(blocks))
+    # Dealt apart, so that every rank has its share of the work that is left.
+    own = [*finished[place.rank :: place.world_size], *left[place.rank :: place.world_size]]
+    own_blocks = {block: blocks[block] for block in own}
+
+    def loaded() -> dict[int, Tensor]:
+        if kept is None:
+            return {}
+        shapes = {block: (len(blocks[block]), items.num_texts) for block in own if block not in left}
+        return {block: kept.load(block, shape) for block, shape in shapes.items()}
+
+    done = together(loaded, "reading the kept scores")
     if left:
-        for block, scores in _score_blocks(pretrained, config, place, options, items, own, dict(done)):
-            done[block] = scores
-            if kept is not None:
-                kept.keep(block, scores)
+        done |= _score_blocks(pretrained, config, place, options, items, own_blocks, done, kept)
     rows = [image for block in own for image in blocks[block]]
     found_ids: list[list[int]] = [rows] * place.world_size
-    dist.all_gather_object(found_ids, rows if done.keys() == own.keys() else [])
+    dist.all_gather_object(found_ids, rows)
     if sorted(image for part in found_ids for image in part) != list(range(items.num_images)):
         raise AssertionError(f"not every one of {items.num_images} images was scored once")
     parts = [torch.zeros(0, items.num_texts), *(done[block] for block in own)]
@@ -140,8 +146,9 @@ def _score_blocks(
     items: RetrievalItems,
     blocks: Mapping[int, list[int]],
     done: Mapping[int, Tensor],
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields those of this rank's `blocks` that are not done, with their scores `[images, T]`."""
+    kept: KeptScores | None,
+) -> dict[int, Tensor]:
+    """Scores `[images, T]` of those of this rank's `blocks` that are not done, kept as they come."""
     pending = [block not in done for block in blocks]
     images = list(blocks.values())
     task, shortlisting = pretrained.task, options.top_k > 0
@@ -154,11 +161,18 @@ def _score_blocks(
         flags = [keep for block, keep in zip(images, pending, strict=True) for _ in block]
         wanted = _shortlist(states, options.top_k)[torch.tensor(flags, dtype=torch.bool)]
     scorer = PairScorer(task, config, states, place, wanted)
-    first = 0
-    for block in (block for block in blocks if block not in done):
-        rows = range(first, first + len(blocks[block]))
-        yield block, scorer(rows)[:, states.text_of]
-        first = rows.stop
+
+    def own_share() -> dict[int, Tensor]:
+        found, first = {}, 0
+        for block in (block for block in blocks if block not in done):
+            rows = range(first, first + len(blocks[block]))
+            found[block] = scorer(rows)[:, states.text_of]
+            if kept is not None:
+                kept.keep(block, found[block])
+            first = rows.stop
+        return found
+
+    return together(own_share, "scoring")
 
 
 def _shortlist(states: States, top_k: int) -> Tensor:

@@ -46,8 +46,13 @@ class PretrainTask(nn.Module):
         if self.has_itm:
             self.loss_weights["itm"] = objectives.itm_weight
         self.model = TwoTowerModel(model)
-        eps = objectives.mlm_layer_norm_eps
-        attach_heads(self, model, HeadsConfig(mlm=self.has_mlm, mlm_layer_norm_eps=eps, itm=self.has_itm))
+        heads = HeadsConfig(
+            mlm=self.has_mlm,
+            mlm_hidden_act=model.cross_modal.hidden_act,
+            mlm_layer_norm_eps=objectives.mlm_layer_norm_eps,
+            itm=self.has_itm,
+        )
+        attach_heads(self, model, heads)
         self._manager_weights: dict[str, Tensor] = {}
         self._text_len = 0
 

@@ -90,5 +90,6 @@ class ThreeWayTask(nn.Module):
 
     @staticmethod
     def parameter_role(name: str) -> str:
-        """See `published_role`."""
-        return published_role(name)
+        """See `published_role`; all contrastive heads train like cross-modal layers."""
+        is_head = name.startswith("itc_") or name == "logit_scale"
+        return "cross_modal" if is_head else published_role(name)
