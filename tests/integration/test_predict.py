@@ -292,7 +292,7 @@ print(model.answer({str(root / "pictures" / "a0.png")!r}, "what is it")[0].text)
 model.save_pretrained({str(tmp_path / "again")!r})
 predict.main(["rank", "--model", {str(root / "retrieval")!r}, "--images", {str(root / "pictures")!r}, "--text", "red"])
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("answer ")
     again, model = (
