@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from mt_deepspeed.kernels.manager_aggregation import Philox, manager_aggregation, philox_normal
+from mt_deepspeed.kernels.manager_aggregation import Philox, cpu_impl, manager_aggregation, philox_normal
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 
 # Largest difference to float64 that rounding explains, relative to the largest element: the result and the
 # gradients of states are rounded to the dtype once, all else is float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+def needs_cpu_library() -> None:
+    """Skips a test where there is no C++ compiler; one that cannot compile the library is a failure."""
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"found no C++ compiler {compiler!r}")
+    assert cpu_impl.unsuited(torch.float32, 1) is None
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ def _run(call: Callable[[Path], list[str]], output: Path) -> str:
         said = result.stdout + result.stderr
         if result.returncode:
             raise BuildError(f"{shlex.join(call(made))} failed:\n{said[-4000:]}")
+        with open(made, "rb") as library:
+            os.fsync(library)  # a machine that crashes must not leave a part of it under its name
         os.replace(made, output)
     return said
 

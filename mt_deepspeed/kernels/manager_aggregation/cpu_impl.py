@@ -160,7 +160,12 @@ def _fill(problem: _Problem, **tensors: Tensor) -> None:
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
-    library = ctypes.CDLL(str(build.cpu_library(_openmp())))
+    path = build.cpu_library(_openmp())
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # damaged in the cache
+        path.unlink(missing_ok=True)
+        library = ctypes.CDLL(str(build.cpu_library(_openmp())))
     library.mt_cpu_partial_size.restype = ctypes.c_int64
     size = library.mt_cpu_problem_bytes()
     assert size == ctypes.sizeof(_Problem), f"struct Problem has {size} bytes"

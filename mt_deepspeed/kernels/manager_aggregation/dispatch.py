@@ -50,7 +50,7 @@ def wish(backend: str | None) -> str | None:
     """The backend asked for by argument, `using` or environment, None when it is left open (`auto`)."""
     asked = backend or _used.get() or os.environ.get(VARIABLE) or "auto"
     if asked != "auto" and asked not in BACKENDS:
-        source = "backend" if backend else VARIABLE
+        source = "backend" if backend else "using" if _used.get() else VARIABLE
         raise ValueError(f"{source}: found {asked!r}, expected auto or one of {sorted(BACKENDS)}")
     return None if asked == "auto" else asked
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mt_deepspeed.kernels.manager_aggregation import dispatch
@@ -30,7 +31,11 @@ def expert_statistics(
         `[2, N, B * L]` float32 (float64 if the experts are), without gradient: `manager_aggregation` returns
         the experts' gradients of the whole layer norm. None where autograd differentiates the formula
         (`dispatch.by_autograd`).
+
+    Raises:
+        ValueError: The experts differ in shape, dtype or device, or the backend asked for cannot compute this.
     """
+    _check_states(experts)
     if dispatch.by_autograd(experts, 0, backend):
         return None
     with torch.no_grad():
@@ -87,14 +92,14 @@ def manager_aggregation(
         `[B, L, D]`, dtype of the experts.
 
     Raises:
-        ValueError: Shapes do not fit together, or the backend asked for cannot compute this.
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend asked for cannot compute this.
     """
-    _check(experts, previous, norm_weight, norm_bias, logits, previous_weight, noise)
+    parameters = (norm_weight, norm_bias, logits, temperature, previous_weight)
+    _check(experts, previous, *parameters, noise, statistics)
     if dispatch.by_autograd(experts, len(previous), backend):
         given = _materialised(noise, experts) if isinstance(noise, Philox) else noise
-        formula = (norm_weight, norm_bias, logits, temperature, previous_weight)
-        return aggregate(experts, previous, *formula, None if given is None else given.detach(), eps)
-    tensors = (norm_weight, norm_bias, logits, temperature, previous_weight, statistics)
+        return aggregate(experts, previous, *parameters, None if given is None else given.detach(), eps)
+    tensors = (*parameters, statistics)
     if _is_plain(experts):
         numbers = (len(experts), noise, eps, backend or "")
         result: Tensor = _Aggregation.apply(*numbers, *tensors, *experts, *previous)
@@ -133,7 +138,7 @@ def _arguments(
         norm_weight.new_zeros(0, size, dtype=dtype)
         if previous_weight is None
         else previous_weight.to(dtype).expand(-1, size),
-        statistics,
+        statistics.contiguous(),
         noise.detach().flatten(1, -2).contiguous() if isinstance(noise, Tensor) else None,
         None if philox is None else philox.seed,
         0 if philox is None else philox.offset,
@@ -152,37 +157,61 @@ def _rows(states: Sequence[Tensor]) -> list[Tensor]:
     return [state.flatten(0, -2).contiguous() for state in states]
 
 
+def _expect(name: str, what: str, found: object, *expected: object) -> None:
+    if found not in expected:
+        wanted = " or ".join(map(str, expected))
+        raise ValueError(f"manager_aggregation: {name} has {what} {found}, expected {wanted}")
+
+
+def _check_states(experts: Sequence[Tensor], previous: Sequence[Tensor] = ()) -> None:
+    """What is equal in all states, since compiled backends take the first expert's for granted."""
+    if not experts:
+        raise ValueError("manager_aggregation: found no experts, expected at least one")
+    first = experts[0]
+    named = {f"expert {i}": state for i, state in enumerate(experts)}
+    for name, state in (named | {f"previous {i}": state for i, state in enumerate(previous)}).items():
+        _expect(name, "shape", tuple(state.shape), tuple(first.shape))
+        _expect(name, "device", state.device, first.device)
+    for name, state in named.items():
+        _expect(name, "dtype", state.dtype, first.dtype)
+
+
 def _check(
     experts: Sequence[Tensor],
     previous: Sequence[Tensor],
     norm_weight: Tensor,
     norm_bias: Tensor,
     logits: Tensor,
+    temperature: Tensor,
     previous_weight: Tensor | None,
     noise: Tensor | Philox | None,
+    statistics: Tensor | None,
 ) -> None:
-    def expect(name: str, found: Sequence[int], *expected: Sequence[int]) -> None:
-        if tuple(found) not in [tuple(one) for one in expected]:
-            raise ValueError(
-                f"manager_aggregation: {name} has shape {tuple(found)}, expected "
-                + " or ".join(str(tuple(one)) for one in expected)
-            )
-
-    if not experts:
-        raise ValueError("manager_aggregation: found no experts, expected at least one")
+    _check_states(experts, previous)
     if previous and previous_weight is None:
         raise ValueError(f"manager_aggregation: {len(previous)} previous states need previous_weight")
-    shape, size = experts[0].shape, experts[0].shape[-1]
+    shape, size, device = experts[0].shape, experts[0].shape[-1], experts[0].device
     num_experts, num_previous = len(experts), len(previous)
-    for i, state in enumerate([*experts, *previous]):
-        expect(f"expert {i}" if i < num_experts else f"previous {i - num_experts}", state.shape, shape)
-    expect("norm_weight", norm_weight.shape, (num_experts + num_previous, size))
-    expect("norm_bias", norm_bias.shape, (num_experts + num_previous, size))
-    expect("logits", logits.shape, (num_experts, size), (num_experts, 1), (*shape[:-1], num_experts))
+
+    def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+        _expect(name, "shape", tuple(tensor.shape), *shapes)
+        _expect(name, "device", tensor.device, device)
+
+    expect("norm_weight", norm_weight, (num_experts + num_previous, size))
+    expect("norm_bias", norm_bias, (num_experts + num_previous, size))
+    expect("logits", logits, (num_experts, size), (num_experts, 1), (*shape[:-1], num_experts))
+    expect("temperature", temperature, (1,))
     if previous_weight is not None:
-        expect("previous_weight", previous_weight.shape, (num_previous, size), (num_previous, 1))
+        expect("previous_weight", previous_weight, (num_previous, size), (num_previous, 1))
     if isinstance(noise, Tensor):
-        expect("noise", noise.shape, (num_experts, *shape))
+        expect("noise", noise, (num_experts, *shape))
+    elif noise is not None:
+        expect("seed", noise.seed, (1,))
+        _expect("seed", "dtype", noise.seed.dtype, torch.int64)
+    if statistics is not None:
+        expect("statistics", statistics, (2, num_experts, shape[:-1].numel()))
+        dtype = torch.promote_types(experts[0].dtype, torch.float32)
+        _expect("statistics", "dtype", statistics.dtype, dtype)
 
 
 _ARGUMENTS = (
@@ -269,6 +298,7 @@ class _Aggregation(torch.autograd.Function):
         return out.view(experts[0].shape)
 
     @staticmethod
+    @once_differentiable  # backends' gradients have no derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         a, previous_statistics = _saved(ctx)
         experts, previous, *parameters = ctx.module.backward(

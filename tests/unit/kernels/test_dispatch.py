@@ -3,7 +3,9 @@
 import ctypes
 import logging
 import os
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,18 @@ from mt_deepspeed.kernels.manager_aggregation import (
     manager_aggregation,
     reference,
 )
-from tests.helpers.aggregation import Case
+from tests.helpers.aggregation import Case, needs_cpu_library
+
+
+@pytest.fixture
+def nothing_remembered() -> Iterator[None]:
+    """What is kept of compilers and libraries is forgotten before and after."""
+    caches = (dispatch._log_once, cpu_impl._missing, cpu_impl._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_a_wish_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,12 +55,11 @@ def test_without_a_wish_what_is_fused_falls_back_and_says_so(
     assert lines[0].startswith("manager aggregation: reference")
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 def test_a_cpu_without_a_compiler(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Said once where nothing was asked for, an error where something was."""
-    for cache in (dispatch._log_once, cpu_impl._missing, cpu_impl._library):
-        cache.cache_clear()
     caplog.set_level(logging.INFO)
     monkeypatch.delenv("MT_KERNELS", raising=False)
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
@@ -59,7 +71,23 @@ def test_a_cpu_without_a_compiler(
     assert "autograd through the formula (cpu: found no C++ compiler" in lines[0]
     with pytest.raises(ValueError, match=r"backend cpu was asked for, but found no C\+\+ compiler"):
         manager_aggregation(**arguments, backend="cpu")
-    cpu_impl._missing.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_damaged_library_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needs_cpu_library()
+    cpu_impl._library.cache_clear()
+    whole, kept = build.cpu_library(cpu_impl._openmp()), tmp_path / "library.so"
+    kept.write_bytes(whole.read_bytes()[:100])
+
+    def cached(openmp: str | None) -> Path:
+        if not kept.exists():
+            shutil.copy(whole, kept)
+        return kept
+
+    monkeypatch.setattr(build, "cpu_library", cached)
+    cpu_impl._library()
+    assert kept.stat().st_size == whole.stat().st_size
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,23 +1,19 @@
 """Fused backends without a GPU: the CPU's own, Triton in its interpreter, the CUDA sources compiled for the CPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from mt_deepspeed.config.model import LinkConfig
-from mt_deepspeed.kernels.manager_aggregation import cpu_impl, manager_aggregation
+from mt_deepspeed.kernels.manager_aggregation import manager_aggregation
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 from mt_deepspeed.models import managers
 from tests.helpers import cuda_on_cpu
-from tests.helpers.aggregation import CASES, Case, check, differentiated, materialised
+from tests.helpers.aggregation import CASES, Case, check, differentiated, materialised, needs_cpu_library
 
 BACKENDS = ["triton", "cuda", "cpu"]
-
-
-def needs_cpu_library() -> None:
-    if reason := cpu_impl.unsuited(torch.float32, 1):
-        pytest.skip(reason)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -58,6 +54,20 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("noise", ["none", "own"])
+def test_a_score_that_is_not_a_number_is_not_hidden(name: str, noise: str) -> None:
+    if name == "cpu":
+        needs_cpu_library()
+    for adaptive, place in ((True, (0, 1, 2)), (False, (1, 4))):
+        arguments = Case(3, 1, (1, 2, 20), adaptive=adaptive, noise=noise).arguments()
+        arguments["logits"][place] = float("nan")
+        found = manager_aggregation(**arguments, backend=name).isnan()
+        expected = torch.zeros(1, 2, 20, dtype=torch.bool)
+        expected[(0, 1) if adaptive else (0, slice(None), 4)] = True
+        assert torch.equal(found, expected)
+
+
 def test_sums_that_do_not_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_on_cpu.use(monkeypatch)
     monkeypatch.setenv("EMULATED_SHARED_BYTES", "2000")
@@ -79,18 +89,26 @@ def test_sizes_of_a_cpu(case: Case) -> None:
     check(case, "cpu")
 
 
+@pytest.fixture
+def number_of_threads() -> Iterator[None]:
+    """Given back after the test."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("number_of_threads")
 @pytest.mark.parametrize(
     "case", [Case(6, 1, (2, 55, 136), noise="own"), Case(3, 1, (2, 55, 64), adaptive=True)]
 )
 def test_bits_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     needs_cpu_library()
-    threads, found = torch.get_num_threads(), []
+    found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found.append(
             differentiated(lambda **call: manager_aggregation(**call, backend="cpu"), case.arguments())
         )
-    torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in other)
 

@@ -17,10 +17,11 @@ from mt_deepspeed.kernels.manager_aggregation import (
     expert_statistics,
     manager_aggregation,
     mixing_weights,
+    using,
 )
 from mt_deepspeed.kernels.manager_aggregation.operator import _backward, _forward, _statistics
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
-from tests.helpers.aggregation import Case, check, differentiated, variants
+from tests.helpers.aggregation import Case, check, differentiated, needs_cpu_library, variants
 
 DOUBLE = torch.float64
 
@@ -108,6 +109,18 @@ def test_gradients_by_finite_differences(adaptive: bool) -> None:
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_second_derivatives_are_refused(backend: str) -> None:
+    if backend == "cpu":
+        needs_cpu_library()
+    arguments = Case().arguments()
+    state = arguments["experts"][0].requires_grad_()
+    out = manager_aggregation(**arguments, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), state, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_statistics_are_shared_and_change_nothing() -> None:
     case = Case(3, 1, (2, 3, 8), dtype=DOUBLE)
     statistics = expert_statistics(case.arguments()["experts"])
@@ -120,8 +133,8 @@ def test_statistics_are_shared_and_change_nothing() -> None:
 @pytest.mark.parametrize("case", variants(Case()), ids=str)
 def test_operators_meet_the_contract_of_torch_library(case: Case, backend: str) -> None:
     """Schema, fake tensors, autograd registration, tracing with symbolic shapes."""
-    if backend == "cpu" and (reason := cpu_impl.unsuited(torch.float32, 1)):
-        pytest.skip(reason)
+    if backend == "cpu":
+        needs_cpu_library()
     call = case.arguments()
     n, shape = case.num_experts, case.shape
     experts = [one.flatten(0, 1) for one in call["experts"]]
@@ -217,7 +230,22 @@ def test_weights_sum_to_one_and_temperature_sharpens() -> None:
 
 def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = Case(2, 1, (1, 1, 4), noise="given").arguments()
+    first, second = arguments["experts"]
+    seed = torch.zeros(1, dtype=torch.int64)
     for change, message in (
+        (
+            {"experts": [first, second.bfloat16()]},
+            "expert 1 has dtype torch.bfloat16, expected torch.float32",
+        ),
+        ({"experts": [first, second.to("meta")]}, "expert 1 has device meta, expected cpu"),
+        ({"previous": [first.to("meta")]}, "previous 0 has device meta, expected cpu"),
+        ({"logits": torch.zeros(2, 4, device="meta")}, "logits has device meta, expected cpu"),
+        ({"temperature": torch.ones(0)}, r"temperature has shape \(0,\), expected \(1,\)"),
+        ({"statistics": torch.zeros(2, 1, 1)}, r"statistics has shape \(2, 1, 1\), expected \(2, 2, 1\)"),
+        ({"statistics": torch.zeros(2, 2, 1).double()}, "statistics has dtype torch.float64, expected"),
+        ({"statistics": torch.zeros(2, 2, 1, device="meta")}, "statistics has device meta, expected cpu"),
+        ({"noise": Philox(seed.int(), 0, 1.0)}, "seed has dtype torch.int32, expected torch.int64"),
+        ({"noise": Philox(seed.to("meta"), 0, 1.0)}, "seed has device meta, expected cpu"),
         ({"previous_weight": None}, "previous_weight"),
         ({"experts": [], "noise": None}, "no experts"),
         ({"logits": torch.zeros(3, 4)}, r"logits has shape \(3, 4\), expected \(2, 4\)"),
@@ -226,6 +254,10 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             manager_aggregation(**{**arguments, **change})
+    with pytest.raises(ValueError, match="expert 1 has dtype"):
+        expert_statistics([first, second.bfloat16()])
+    with using("algol"), pytest.raises(ValueError, match="using: found 'algol'"):
+        manager_aggregation(**arguments)
     monkeypatch.setenv("MT_KERNELS", "cobol")
     with pytest.raises(ValueError, match="MT_KERNELS: found 'cobol'"):
         manager_aggregation(**arguments)

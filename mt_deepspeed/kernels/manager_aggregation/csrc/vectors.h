@@ -95,8 +95,9 @@ inline float sum(Floats value) { return sum_lanes<kBytes>(value); }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// x <= 0; below -87.3, where the result would not be a normal number, that of -87.3.
+// x <= 0; below -87.3, where the result would not be a normal number, that of -87.3. Of NaN: NaN.
 inline Floats exponential(Floats x) {
+  const Floats given = x;
   x = larger(x, splat(-87.3f));
   const Floats magic = splat(12582912.0f);  // adding it rounds to an integer
   const Floats shifted = x * 1.44269504f + magic;
@@ -109,7 +110,8 @@ inline Floats exponential(Floats x) {
   y = y * x + 1.6666665459e-1f;
   y = y * x + 5.0000001201e-1f;
   y = y * x * x + x + 1.0f;
-  return (Floats)((Ints)y + (((Ints)shifted - (Ints)magic) << 23));
+  const Floats result = (Floats)((Ints)y + (((Ints)shifted - (Ints)magic) << 23));
+  return given == given ? result : given;
 }
 
 // Natural logarithm of normal, positive numbers.
