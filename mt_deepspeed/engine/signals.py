@@ -6,6 +6,7 @@ SIGUSR1 and SIGUSR2 is the death of the process.
 
 from __future__ import annotations
 
+import atexit
 import signal
 from multiprocessing import forkserver
 from types import FrameType
@@ -16,9 +17,19 @@ _received: set[int] = set()
 
 
 def install() -> None:
-    """From now on stop signals set a flag and nothing else; call in the main thread."""
+    """From now on stop signals set a flag and nothing else, to the very end; call in the main thread."""
     for number in STOP_SIGNALS:
         signal.signal(number, _remember)
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    """The interpreter, as it ends, gives back to their default action the signals that Python code handles.
+
+    srun ends the ranks that are slower to leave than the first; their exit code has to be their own then.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> dict[str, bool]:

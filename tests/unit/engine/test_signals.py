@@ -64,6 +64,23 @@ def test_a_signalled_process_group_keeps_its_workers(tmp_path: Path) -> None:
     assert done.stdout == "modules False exit 0\n"
 
 
+LEAVING = """
+import os, subprocess, sys, time
+from mt_deepspeed.engine import signals
+signals.install()
+shots = f"import os, time\\nwhile os.getppid() == {os.getpid()}: os.kill({os.getpid()}, 15)"
+subprocess.Popen([sys.executable, "-c", shots])
+while not signals.received()["SIGTERM"]:
+    time.sleep(0.01)
+sys.exit(3)
+"""
+
+
+def test_a_process_that_leaves_keeps_its_exit_code() -> None:
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", LEAVING], cwd=REPO, timeout=120).returncode == 3
+
+
 def test_handlers_stand_before_torch_is_imported() -> None:
     """The modules that the train command imports before it installs its handlers hold no torch."""
     program = "import sys, mt_deepspeed.train; sys.exit('torch' in sys.modules)"
