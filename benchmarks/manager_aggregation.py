@@ -49,6 +49,12 @@ Row = dict[str, Any]
 Way = Callable[[dict[str, Any], Tensor | None], Tensor]
 
 
+def shape_of(text: str) -> Shape:
+    """`N,B,L,D` of the command line."""
+    experts, batch, length, size = (int(part) for part in text.split(","))
+    return experts, batch, length, size
+
+
 def problem(shape: Shape, kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments of one manager with one previous state."""
     experts, batch, length, size = shape
@@ -100,7 +106,7 @@ def synchronise(device: str) -> None:
 def timed(device: str, call: Callable[[], Any], seconds: float) -> float:
     """Median seconds of a call, over as many as fit into `seconds` (3 to 50)."""
     if device != "cuda":
-        times = []
+        times: list[float] = []
         until = time.perf_counter() + seconds
         while len(times) < 3 or (time.perf_counter() < until and len(times) < 50):
             started = time.perf_counter()
@@ -316,7 +322,7 @@ def parse() -> Any:
         "--seconds", type=float, default=0.2, help="per figure and round (default %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shapes", nargs="+", help="N,B,L,D")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="N,B,L,D")
     parser.add_argument("--kinds", nargs="+", choices=KINDS["cpu"])
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--ways", nargs="+")
@@ -344,11 +350,7 @@ def main() -> None:
     done = measured(options.results, IDENTITY)
     bandwidth = copy_bandwidth(options.device)
     print(f"{about['hardware']}, {about['versions']}, load {about['load']}: copy {bandwidth / 1e9:.0f} GB/s")
-    shapes = (
-        [tuple(int(part) for part in text.split(",")) for text in options.shapes]
-        if options.shapes
-        else (CUDA_SHAPES if cuda else CPU_SHAPES)
-    )
+    shapes = options.shapes or (CUDA_SHAPES if cuda else CPU_SHAPES)
     for shape in shapes:
         for kind in options.kinds:
             text = "x".join(map(str, shape))

@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ ASSUMED_USE = 0.4
 class Case:
     """One model size: a task with drawn weights, tower states of some items."""
 
-    def __init__(self, size: str, precision: str) -> None:
+    def __init__(self, size: str, precision: Literal["fp32", "bf16"]) -> None:
         config = load_config(PRESETS[size])
         model = replace(config.model, mask_padding_in_managers=True)
         train = replace(config.train, precision=precision, micro_batch_size=CHUNKS[size][1])
@@ -126,7 +126,7 @@ class Case:
         return self.task.model.fuse_experts(texts, images, mask, pooled_from=0).cls_feats
 
 
-def compare(size: str, precision: str, rounds: int) -> list[dict[str, object]]:
+def compare(size: str, precision: Literal["fp32", "bf16"], rounds: int) -> list[dict[str, object]]:
     """Times all ways in turns; raises AssertionError if their scores differ."""
     case = Case(size, precision)
     ways = case.ways()

@@ -158,10 +158,8 @@ class BatchMaker:
 
     def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:
         length = self.pad_to or max((len(text.ids) for text in texts), default=1)
-        batch = {
-            "text_ids": pad([text.ids for text in texts], length, self.tokenizer.pad_id),
-            "text_mask": pad([np.ones_like(text.ids) for text in texts], length, 0),
-        }
+        ids_BL, mask_BL = tokens_and_mask([text.ids for text in texts], length, self.tokenizer.pad_id)
+        batch = {"text_ids": ids_BL, "text_mask": mask_BL}
         if self.mlm_probability is not None:
             masked = [
                 self.tokenizer.mask(
@@ -215,6 +213,11 @@ def match_labels(seed: int, positions_B: _Int64) -> _Int64:
     """ITM labels [B]: of the positions 2k and 2k + 1 one matches, by a keyed coin."""
     coins_B = (keyed_bits(seed, positions_B // 2, Purpose.MATCH) >> np.uint64(63)).astype(np.int64)
     return coins_B ^ (positions_B % 2)
+
+
+def tokens_and_mask(rows: Sequence[_Int64], length: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token rows as [B, length] int64, and their mask: 1 at tokens, 0 at padding."""
+    return pad(rows, length, pad_id), pad([np.ones_like(row) for row in rows], length, 0)
 
 
 def pad(rows: Sequence[_Int64], length: int, value: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mt_deepspeed.config.run import RunConfig
-from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, pad
+from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, tokens_and_mask
 from mt_deepspeed.data.corpus import Corpus, Sample
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.shards import ShardReadError
@@ -127,10 +127,11 @@ class TaskBatchMaker:
         encoded = [self.maker.tokenizer.encode(text).ids for text in texts]
         length = self.maker.pad_to or max((len(one) for one in encoded), default=1)
         shape = (len(samples), 1 + self.config.retrieval.num_false_texts, length)
+        choice_ids, choice_mask = tokens_and_mask(encoded, length, self.maker.tokenizer.pad_id)
         return {
             "image_ids": ids,
-            "choice_ids": pad(encoded, length, self.maker.tokenizer.pad_id).view(shape),
-            "choice_mask": pad([np.ones_like(one) for one in encoded], length, 0).view(shape),
+            "choice_ids": choice_ids.view(shape),
+            "choice_mask": choice_mask.view(shape),
         }
 
     def _false_texts(self, sample: Sample, position: int) -> list[str]:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mt_deepspeed.config import DataConfig
+from mt_deepspeed.data.collate import tokens_and_mask
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.text import MASK_TOKEN, CaptionTokenizer
 from mt_deepspeed.data.transforms import ImageTransform
@@ -59,12 +60,7 @@ class Processor:
         encoded = [self.tokenizer.encode(text).ids for text in texts]
         longest = max(len(ids) for ids in encoded)
         length = self.max_text_len if self.padding == "max_length" else longest
-        ids = torch.full((len(encoded), length), self.tokenizer.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens)
-            mask[row, : len(tokens)] = 1
-        return ids, mask
+        return tokens_and_mask(encoded, length, self.tokenizer.pad_id)
 
     def places(self, text: str, word: str) -> list[int]:
         """Numbers of the tokens that make up `word` in a text.

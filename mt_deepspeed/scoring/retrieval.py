@@ -93,20 +93,20 @@ def score_pairs(pretrained: Pretrained, config: RunConfig, place: Place, options
         return kept, kept.finished()  # the same on all ranks: nobody writes before all have looked
 
     kept, finished = together(opened, "opening the kept scores")
-    left = [block for block in range(len(blocks)) if block not in set(finished)]
+    left = sorted(set(range(len(blocks))) - set(finished))
     log.info("retrieval: %d of %d blocks of images are left to score", len(left), len(blocks))
     # Dealt apart, so that every rank has its share of the work that is left.
-    own = [*finished[place.rank :: place.world_size], *left[place.rank :: place.world_size]]
-    own_blocks = {block: blocks[block] for block in own}
+    found = finished[place.rank :: place.world_size]
+    own = [*found, *left[place.rank :: place.world_size]]
 
     def loaded() -> dict[int, Tensor]:
         if kept is None:
             return {}
-        shapes = {block: (len(blocks[block]), items.num_texts) for block in own if block not in left}
-        return {block: kept.load(block, shape) for block, shape in shapes.items()}
+        return {block: kept.load(block, (len(blocks[block]), items.num_texts)) for block in found}
 
     done = together(loaded, "reading the kept scores")
     if left:
+        own_blocks = {block: blocks[block] for block in own}
         done |= _score_blocks(pretrained, config, place, options, items, own_blocks, done, kept)
     rows = [image for block in own for image in blocks[block]]
     found_ids: list[list[int]] = [rows] * place.world_size

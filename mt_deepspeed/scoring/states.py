@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mt_deepspeed.config import ModelConfig, RunConfig
+from mt_deepspeed.data.collate import tokens_and_mask
 from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES, autocast
@@ -118,7 +119,7 @@ def different_texts(tokens: Sequence[np.ndarray[Any, Any]]) -> tuple[list[np.nda
     keys = [(len(ids), ids.tobytes()) for ids in tokens]
     order = sorted(set(keys))
     place_of = {key: place for place, key in enumerate(order)}
-    found = [np.frombuffer(key[1], dtype=tokens[0].dtype) for key in order]
+    found = [np.frombuffer(key[1], dtype=tokens[0].dtype).copy() for key in order]
     return found, torch.tensor([place_of[key] for key in keys])
 
 
@@ -135,11 +136,7 @@ def _encode_texts(
     found = []
     for chosen in batches(range(len(texts)), config.train.micro_batch_size):
         length = fixed or len(texts[chosen[-1]])
-        ids = torch.full((len(chosen), length), pad_id)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(chosen):
-            ids[row, : len(texts[text])] = torch.tensor(texts[text])
-            mask[row, : len(texts[text])] = 1
+        ids, mask = tokens_and_mask([texts[text] for text in chosen], length, pad_id)
         states = task.model.encode_text(ids.to(place.device), mask.to(place.device))
         experts = torch.stack(task.model.text_experts(states), dim=2).cpu()
         for row, text in enumerate(chosen):

@@ -44,9 +44,11 @@ class FakeRuns:
     def log(self, name: str) -> str:
         return (self.folder / name / "job.out").read_text("utf-8")
 
-    def wait_for(self, name: str, word: str) -> None:
+    def wait_for(self, name: str, word: str, timeout_s: float = 60) -> None:
         output = self.folder / name / "job.out"
-        self.cluster.wait_until(lambda: output.exists() and word in output.read_text("utf-8"), word, 60)
+        self.cluster.wait_until(
+            lambda: output.exists() and word in output.read_text("utf-8"), word, timeout_s
+        )
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_the_controller_may_be_away_when_a_run_stops(runs: FakeRuns) -> None:
     runs.cluster.wait_for_saved_state()
     runs.cluster.kill_controller()
     (runs.folder / "away" / "go").touch()
-    runs.wait_for("away", "back to the queue")
+    runs.wait_for("away", "back to the queue", timeout_s=300)  # srun and scontrol give up after a while each
     runs.cluster.start_controller()
     state = runs.cluster.wait(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), runs.log("away")
