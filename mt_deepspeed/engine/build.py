@@ -82,6 +82,9 @@ def build(config: RunConfig, ds_config: dict[str, Any], task: Task, place: Place
         log.info("activation checkpointing: %d layers", wrapped)
     runner = TaskRunner(task, config.train.precision, place.device)
     engine, *_ = deepspeed.initialize(model=runner, optimizer=optimizer, config=complete)
+    if zero_stage(complete) == 0 and place.world_size == 1:
+        # Nobody to share gradients with; DeepSpeed would still copy all of them into a buffer and back.
+        engine.enable_backward_allreduce = False
     ownership = Ownership(engine, optimizer, names, dist.get_rank(), dist.get_world_size())
     loss_scale = LossScale.for_precision(config.train.precision)
     stepper = Stepper(

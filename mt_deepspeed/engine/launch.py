@@ -6,8 +6,10 @@ Understands the `deepspeed` launcher, `torchrun`, `srun` with one task per rank,
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -21,6 +23,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 log = logging.getLogger("mt_deepspeed")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of `mallopt` (malloc.h of glibc)."""
 
 
 class LaunchError(ValueError):
@@ -54,6 +59,8 @@ def init(timeout_s: float = 600.0) -> Place:
     _configure_logging(place.rank)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
+    else:
+        keep_freed_memory()
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
@@ -67,6 +74,20 @@ def shutdown() -> None:
     """Leaves the process group, so that the interpreter ends without warnings."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory instead of returning it to the system after every large tensor.
+
+    Fetching and clearing those pages anew was a fifth of a CPU's training step at `managertower-base` sizes. Other
+    C libraries stay as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):  # no mappings; never trim the heap
+        if libc.mallopt(parameter, value) != 1:
+            raise OSError(f"mallopt({parameter}, {value}) was refused")
 
 
 def fill_rank_environment(env: MutableMapping[str, str]) -> None:

@@ -172,11 +172,15 @@ class Monitor:
         for name, value in values.items():
             self._draw(self.board.add_scalar, name, value, step)
 
-    def write_pictures(self, step: int, matrices: dict[str, Tensor]) -> None:
-        """Heat maps (rank 0): one cell per entry, dark to bright from the matrix's minimum to its maximum."""
+    def write_pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+        """Pictures `[H, W, 3]` uint8, and matrices as heat maps (rank 0).
+
+        A heat map has one cell per entry, dark to bright from the matrix's minimum to its maximum.
+        """
         if self.lead:
-            for name, matrix in matrices.items():
-                self._draw(self.board.add_image, name, heatmap(matrix), step, dataformats="HWC")
+            for name, picture in pictures.items():
+                shown = heatmap(picture) if picture.dim() == 2 else picture
+                self._draw(self.board.add_image, name, shown, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the TensorBoard files."""

@@ -69,7 +69,7 @@ class Task(Protocol):
         ...
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """Matrices worth a picture, such as the managers' weights [cross-modal layer, expert]."""
+        """Matrices worth a picture, such as the managers' weights [cross-modal layer, expert]; pictures [H, W, 3]."""
         ...
 
     def parameter_role(self, name: str) -> str:

@@ -3,9 +3,9 @@
 Shapes: B batch, L and K tokens, D hidden, H heads, T text tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
         return mixed.transpose(1, 2).flatten(2)
 
-    def weights(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
-        """The attention itself, `[B, H, L, K]`, which the fused kernel of `forward` never writes out."""
-        query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
+    def weights(self, query_BLD: Tensor, key_BKD: Tensor, attend: Tensor | None) -> Tensor:
+        """The attention of projected queries to keys, `[B, H, L, K]`, which the kernel of `forward` never writes."""
+        query, key = self._split(query_BLD), self._split(key_BKD)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         if attend is not None:
             scores = scores.masked_fill(~attend, float("-inf"))
@@ -127,15 +127,27 @@ class CrossModalLayer(nn.Module):
 
 
 @contextmanager
-def watched(layers: Sequence[CrossModalLayer]) -> Iterator[list[Tensor]]:
+def watched(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """A list that receives the layers' attention to the other modality, `[B, H, L, K]` each, as they run."""
     seen: list[Tensor] = []
+    projected: list[Tensor] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor | None], _: Tensor) -> None:
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        projected.append(output.detach())
+
+    def note(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         assert isinstance(module, Attention)
-        seen.append(module.weights(*inputs).detach())
+        # What the projections gave: to call them again would gather their weights again (ZeRO-3).
+        query_BLD, key_BKD = projected
+        seen.append(module.weights(query_BLD, key_BKD, inputs[2]))
+        projected.clear()
 
-    hooks = [layer.crossattention.self.register_forward_hook(note) for layer in layers]
+    hooks: list[Any] = []
+    for layer in layers:
+        assert isinstance(layer, CrossModalLayer)
+        attention = layer.crossattention.self
+        hooks += [part.register_forward_hook(keep) for part in (attention.query, attention.key)]
+        hooks.append(attention.register_forward_hook(note))
     try:
         yield seen
     finally:

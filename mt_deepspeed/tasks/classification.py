@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
-from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
@@ -41,7 +42,7 @@ class ClassificationTask(nn.Module):
         attach_heads(self, config.model, heads)
         self.loss_weights = {self.loss_name: 1.0}
         self.eval_sets = eval_set_names(config)
-        self._manager_weights: dict[str, Tensor] = {}
+        self._pictures: dict[str, Tensor] = {}
         self._text_len = 0
 
     def features(self, batch: Batch, record: Record | None = None) -> Tensor:
@@ -88,16 +89,17 @@ class ClassificationTask(nn.Module):
         return batch | self.fake_labels(samples)
 
     def eval_step(self, batch: Batch) -> Report:
-        """(sum, count) of loss and metric; remembers the managers' weights."""
+        """(sum, count) of loss and metric; remembers pictures for `heatmaps`."""
         return self.metrics(self.eval_logits(batch), batch)
 
     def eval_logits(self, batch: Batch) -> Tensor:
-        """As `logits`; the first time since `heatmaps`, keeps the managers' weights."""
-        if self._manager_weights or not self.model.config.has_managers:
+        """As `logits`; the first time since `heatmaps`, keeps pictures for it."""
+        if self._pictures:
             return self.logits(batch)
         record: Record = {}
-        logits_BC = self.logits(batch, record)
-        self._manager_weights = manager_weights(record, self.model.config.cross_modal.num_layers)
+        with watched(self.model.cross_modal_text_layers[-1:]) as attention:
+            logits_BC = self.logits(batch, record)
+        self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
         return logits_BC
 
     def metrics(self, logits_BC: Tensor, batch: Batch) -> Report:
@@ -121,9 +123,9 @@ class ClassificationTask(nn.Module):
         return metrics.get(first, metrics[self.metric_name])
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """`manager_weights/text` and `/image`: `[cross-modal layer, managed layer]`, averaged over a batch."""
-        weights, self._manager_weights = self._manager_weights, {}
-        return {f"manager_weights/{modality}": weight for modality, weight in weights.items()}
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

@@ -1,7 +1,30 @@
-"""Matrices of a task that are worth a picture."""
+"""What of a task is worth a picture: matrices, and pictures with attention over them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mt_deepspeed.models.two_tower import TwoTowerModel
+
+SHOWN = 4
+"""Pictures beside each other."""
+SIDE = 160
+"""Pixels per side of each."""
+
+
+def pictures(
+    model: TwoTowerModel,
+    record: dict[str, Tensor],
+    pixels: Tensor,
+    attention_BHLP: Tensor,
+    text_mask_BL: Tensor,
+) -> dict[str, Tensor]:
+    """`manager_weights/text` and `/image` (as `manager_weights`), and `attention/text_over_image` as a picture."""
+    found = {"attention/text_over_image": attention_picture(pixels, attention_BHLP, text_mask_BL)}
+    if model.config.has_managers:
+        tables = manager_weights(record, model.config.cross_modal.num_layers)
+        found |= {f"manager_weights/{modality}": table for modality, table in tables.items()}
+    return found
 
 
 def manager_weights(record: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
@@ -23,3 +46,28 @@ def manager_weights(record: dict[str, Tensor], num_layers: int) -> dict[str, Ten
             rows.append(weights.mean(dim=-1) if weights.dim() == 2 else weights.mean(dim=(0, 1)))
         tables[modality] = torch.stack(rows).cpu()
     return tables
+
+
+def attention_picture(pixels: Tensor, attention_BHLP: Tensor, text_mask_BL: Tensor) -> Tensor:
+    """The first pictures of a batch, and below them the same as bright as their patches are looked at.
+
+    Args:
+        pixels: `[B, 3, S, S]` uint8.
+        attention_BHLP: Attention of B text tokens to the P image tokens, the class token first (left out).
+        text_mask_BL: 1 where a token is; the first and the last token of a text do not count.
+
+    Returns:
+        `[2 * SIDE, n * SIDE, 3]` uint8 on the CPU, n at most `SHOWN`.
+    """
+    rows = min(SHOWN, len(pixels))
+    words_BL = text_mask_BL[:rows].clone().float()
+    words_BL[:, 0] = 0
+    words_BL[torch.arange(rows), text_mask_BL[:rows].sum(dim=1) - 1] = 0
+    share_BLP = attention_BHLP[:rows, :, :, 1:].float().mean(dim=1)
+    share_BP = (share_BLP * words_BL[:, :, None]).sum(dim=1)
+    side = round(share_BP.shape[1] ** 0.5)
+    share = share_BP.view(rows, 1, side, side) / share_BP.amax(dim=1).clamp_min(1e-12).view(rows, 1, 1, 1)
+    picture = F.interpolate(pixels[:rows].float(), (SIDE, SIDE))
+    lit = picture * (0.15 + 0.85 * F.interpolate(share, (SIDE, SIDE)))
+    both = torch.cat([torch.cat(list(part), dim=-1) for part in (picture, lit)], dim=-2)
+    return both.round().to(torch.uint8).permute(1, 2, 0).cpu()

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from mt_deepspeed.config import ModelConfig, ObjectivesConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead, MLMHead, attach_heads
 from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
-from mt_deepspeed.tasks.heatmaps import manager_weights
+from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
@@ -53,7 +54,7 @@ class PretrainTask(nn.Module):
             itm=self.has_itm,
         )
         attach_heads(self, model, heads)
-        self._manager_weights: dict[str, Tensor] = {}
+        self._pictures: dict[str, Tensor] = {}
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -137,11 +138,13 @@ class PretrainTask(nn.Module):
         return batch
 
     def eval_step(self, batch: Batch) -> Report:
-        """(sum, count) of losses and accuracies of one evaluation batch; remembers the managers' weights."""
-        if not self._manager_weights and self.model.config.has_managers:
+        """(sum, count) of losses and accuracies of one evaluation batch; remembers pictures for `heatmaps`."""
+        if not self._pictures:
             record: dict[str, Tensor] = {}
-            self._fuse(batch, record)
-            self._manager_weights = manager_weights(record, self.model.config.cross_modal.num_layers)
+            with watched(self.model.cross_modal_text_layers[-1:]) as attention:
+                self._fuse(batch, record)
+            pixels = batch["pixels"] if self.has_mlm else batch["pixels"][batch["itm_image_index"]]
+            self._pictures = pictures(self.model, record, pixels, attention[0], batch["text_mask"])
         losses, report = self(batch)
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
@@ -174,9 +177,9 @@ class PretrainTask(nn.Module):
         return sum(metrics[f"{name}_accuracy"] for name in self.loss_weights)
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """`manager_weights/text` and `/image`: `[cross-modal layer, managed layer]`, averaged over a batch."""
-        weights, self._manager_weights = self._manager_weights, {}
-        return {f"manager_weights/{modality}": weight for modality, weight in weights.items()}
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

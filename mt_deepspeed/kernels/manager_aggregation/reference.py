@@ -60,7 +60,7 @@ def aggregate(
     gain, bias = norm_weight.to(dtype), norm_bias.to(dtype)
     weights = [*mixing_weights(logits, temperature, noise)]
     if previous_weight is not None:
-        weights += previous_weight.to(dtype)
+        weights.extend(previous_weight.to(dtype).unbind())  # += on a list cannot be compiled
     total = torch.zeros((), dtype=dtype, device=experts[0].device)
     for i, state in enumerate([*experts, *previous]):
         normed = F.layer_norm(state.to(dtype), state.shape[-1:], gain[i], bias[i], eps)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import platform
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -87,3 +89,24 @@ def test_tasks_per_node_reads_slurms_notation() -> None:
     assert tasks_per_node("4") == [4]
     with pytest.raises(LaunchError, match="'2x3'"):
         tasks_per_node("2x3")
+
+
+ALLOCATIONS = """
+import resource, torch
+from mt_deepspeed.engine.launch import keep_freed_memory
+
+keep_freed_memory()
+def page_faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(*(page_faults() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", ALLOCATIONS], check=True, capture_output=True, text=True)
+    last = int(done.stdout.split()[-1])
+    assert last < 25, "100 MB are at least 50 pages, however large they are"

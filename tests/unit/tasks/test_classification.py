@@ -72,7 +72,11 @@ def test_each_split_has_a_figure_and_the_first_one_chooses() -> None:
     metrics = {name: float(total / count) for name, (total, count) in report.items()}
     assert task.score(metrics) == 1 != metrics["accuracy"]
     assert task.eval_step(batch).keys() == report.keys()
-    assert task.heatmaps().keys() == {"manager_weights/text", "manager_weights/image"}
+    assert task.heatmaps().keys() == {
+        "manager_weights/text",
+        "manager_weights/image",
+        "attention/text_over_image",
+    }
 
 
 def test_names_of_evaluation_sets_are_unique() -> None:

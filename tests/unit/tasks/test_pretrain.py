@@ -151,6 +151,7 @@ def test_eval_step_reports_sums_and_manager_weights() -> None:
     assert maps["manager_weights/text"].shape == (2, 2)
     assert maps["manager_weights/image"].shape == (2, 3)
     torch.testing.assert_close(maps["manager_weights/image"].sum(dim=1), torch.ones(2))
+    assert maps["attention/text_over_image"].shape == (320, 640, 3)
     assert task.heatmaps() == {}
 
 
