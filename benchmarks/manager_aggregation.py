@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.record import RESULTS, append, measured, surroundings
@@ -290,6 +291,8 @@ def all_ways(names: list[str], noisy: bool) -> dict[str, Way]:
         ways = {"eager": eager(noisy), **ways}
     if "compiled" in names:
         torch._dynamo.reset()
+        # The times of backward alone repeat it, so it may not overwrite what forward saved.
+        torch._functorch.config.donated_buffer = False
         ways["compiled"] = torch.compile(eager(noisy), dynamic=False)
     return ways
 
