@@ -81,7 +81,7 @@ def _convert(options: argparse.Namespace) -> int:
     for change, number in sorted(changed_in_all.items()):
         print(f"{options.out}: encoded anew in this run, {change}: {number}")
     if not any(split.rows for split in manifest.splits.values()):
-        print(f"warning: no picture was kept; is --raw {options.raw} complete?", file=sys.stderr)
+        print(f"warning: nothing was kept; is --raw {options.raw} complete?", file=sys.stderr)
     return 0
 
 
@@ -149,7 +149,10 @@ def _resize(options: argparse.Namespace) -> Any:
 
 def print_splits(out: Path, manifest: Any) -> None:
     """Prints what a data set holds and what was left out."""
+    from data_tools.shard_format import IMAGE_COLUMNS
+
+    rows = "images" if IMAGE_COLUMNS[manifest.task] else "rows"
     for name, split in manifest.splits.items():
-        print(f"{out}: {name}: {split.rows} images, {split.texts} texts, {len(split.shards)} shards")
+        print(f"{out}: {name}: {split.rows} {rows}, {split.texts} texts, {len(split.shards)} shards")
     for reason, number in manifest.dropped.items():
         print(f"{out}: dropped {reason}: {number}")

@@ -42,9 +42,9 @@ def rows(folder: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
 
 def as_text(row: dict[str, Any], task: str) -> str:
     """One row for people; pictures as their sizes."""
-    sizes = [f"{row[w]}x{row[h]}, {len(row[i])} bytes" for i, w, h in IMAGE_COLUMNS[task]]
+    sizes = "; ".join(f"{row[w]}x{row[h]}, {len(row[i])} bytes" for i, w, h in IMAGE_COLUMNS[task])
     texts = "".join(f"\n    {text}" for text in shown_texts(row, task))
-    return f"{row['split']} {row['image_id']} ({'; '.join(sizes)}){texts}"
+    return f"{row['split']} {row['image_id']}{f' ({sizes})' if sizes else ''}{texts}"
 
 
 def shown_texts(row: dict[str, Any], task: str) -> list[str]:
@@ -62,6 +62,13 @@ def shown_texts(row: dict[str, Any], task: str) -> list[str]:
         notes = [
             f"{names[label]}: {premise}"
             for label, premise in zip(row["labels"], row["premises"], strict=True)
+        ]
+    elif task == "class":
+        notes = [f"label {label}" for label in row["labels"]]
+    elif task == "glue":
+        notes = [
+            f"{second} -- {label:g}" if second else f"{label:g}"
+            for second, label in zip(row["second_sentences"], row["labels"], strict=True)
         ]
     else:
         return texts
@@ -86,7 +93,7 @@ def contact_sheet(folder: Path, count: int, split: str | None = None) -> Image.I
 def _tile(row: dict[str, Any], task: str) -> Image.Image:
     tile = Image.new("RGB", (_TILE + 2 * _MARGIN, _TILE + 2 * _MARGIN + _LINES * _LINE_HEIGHT), "white")
     images = [decode_rgb(row[image]) for image, _, _ in IMAGE_COLUMNS[task]]
-    room = (_TILE - _MARGIN * (len(images) - 1)) // len(images)
+    room = (_TILE - _MARGIN * (len(images) - 1)) // max(1, len(images))
     for place, image in enumerate(images):
         scale = min(room / image.width, _TILE / image.height)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -58,11 +58,29 @@ ENTAILMENT_SCHEMA = _schema(  # label 0 contradiction, 1 neutral, 2 entailment
     height=pa.int32(),
 )
 
+CLASS_SCHEMA = _schema(  # one class a picture; labels index the manifest's options.answers
+    image=pa.large_binary(),
+    classes=_list(pa.string()),
+    labels=_list(pa.int32()),
+    image_id=pa.string(),
+    width=pa.int32(),
+    height=pa.int32(),
+)
+
+GLUE_SCHEMA = _schema(  # sentences and pairs of them, no pictures; image_id names the line
+    sentences=_list(pa.string()),
+    second_sentences=_list(pa.string()),  # empty where the task has single sentences
+    labels=_list(pa.float32()),  # number of a class, or STS-B's score from 0 to 5
+    image_id=pa.string(),
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "caption": CAPTION_SCHEMA,
     "vqa": VQA_SCHEMA,
     "nlvr2": NLVR2_SCHEMA,
     "entailment": ENTAILMENT_SCHEMA,
+    "class": CLASS_SCHEMA,
+    "glue": GLUE_SCHEMA,
 }
 """The Arrow schema of each task."""
 
@@ -71,8 +89,10 @@ TEXT_COLUMNS: dict[str, str] = {
     "vqa": "questions",
     "nlvr2": "statements",
     "entailment": "hypotheses",
+    "class": "classes",
+    "glue": "sentences",
 }
-"""The list column of each task whose entries are its texts: one text is one training pair.
+"""The list column of each task whose entries are its texts: one text is one training sample.
 
 The other list columns of the task have an entry for each text."""
 
@@ -82,5 +102,7 @@ IMAGE_COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "vqa": _ONE_IMAGE,
     "nlvr2": (("image_0", "width_0", "height_0"), ("image_1", "width_1", "height_1")),
     "entailment": _ONE_IMAGE,
+    "class": _ONE_IMAGE,
+    "glue": (),
 }
 """The columns (encoded bytes, width, height) of each picture in a row of each task."""

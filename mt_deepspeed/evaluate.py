@@ -6,7 +6,8 @@ What comes out depends on what the model was trained for:
   picture tells, given the right, a shuffled and no picture; with `--retrieval`, recall without fine-tuning
 - VQA: the soft score; with `--annotations`, the official accuracy by answer type; with `--predictions`, the file
   for the evaluation server, which `--questions` checks for completeness
-- SNLI-VE, NLVR2: accuracy on each split
+- SNLI-VE, NLVR2, CIFAR: accuracy on each split
+- GLUE: the task's own metrics
 - retrieval: recall at 1, 5 and 10 in both directions, over all pairs or, with `--top-k`, over shortlists
 
 Runs on one process, or on many under the `deepspeed` launcher or `srun`; every sample counts once.

@@ -70,6 +70,7 @@ def _predict(args: argparse.Namespace) -> int:
         texts += read_rows(args.input, text_of)
     pictures = pictures_in(args.images) if args.images else []
     model = load(args.model, args.device)
+    model.need_both_towers()
     if args.what == "embed":
         return write_embeddings(model, batches(model, pictures, args.batch_size), texts, args.out)
     model.need("rank")

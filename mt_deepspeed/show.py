@@ -43,6 +43,7 @@ def _draw(args: argparse.Namespace) -> None:
     from mt_deepspeed.pretrained.questions import pictures_in
 
     model = load(args.model)
+    model.need_both_towers()
     sizes = model.config.model
     depths = {"text": sizes.text.num_layers, "image": sizes.vision.num_layers}
     if args.what == "masks":

@@ -66,18 +66,37 @@ class ObjectivesConfig:
     """`dataset`: a uniformly drawn other image of the same data set; `in_batch`: another image of the micro-batch."""
 
 
+TOWER_OF_TASK = {"cifar": "vision", "glue": "text"}
+"""Tasks whose model is one tower alone -> which one."""
+
+TASKS_WITH_ANSWERS = ("vqa", "cifar")
+"""Tasks whose answers, or classes, are named in the shards' manifest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """The head of VQA, SNLI-VE and NLVR2."""
+    """The head of VQA, SNLI-VE and NLVR2; the classes of CIFAR."""
 
     layers: Literal[1, 2] = 2
     """1: a single linear map; 2: linear, LayerNorm, GELU, linear."""
     scale: float = 2.0
     """Hidden width of two layers, relative to the text and image features of a pair."""
     num_answers: int = 3129
-    """VQA: size of the answer vocabulary, which the shards' manifest names."""
+    """VQA: size of the answer vocabulary, CIFAR: classes; the shards' manifest names them."""
     dropout: float = 0.0
     """NLVR2: on the features of both images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """Which task of GLUE."""
+
+    name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] = "sst2"
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the task; 0: a score is predicted."""
+        return {"stsb": 0, "mnli": 3}.get(self.name, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,13 +209,15 @@ class RunConfig:
     """Everything about a run except memory and communication, which `ds_configs/` hold."""
 
     run_dir: str = "runs/default"
-    task: Literal["pretrain", "vqa", "snli_ve", "nlvr2", "retrieval"] = "pretrain"
+    task: Literal["pretrain", "vqa", "snli_ve", "nlvr2", "retrieval", "cifar", "glue"] = "pretrain"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     """Pre-training only."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """VQA, SNLI-VE and NLVR2 only."""
+    """VQA, SNLI-VE, NLVR2 and CIFAR only."""
+    glue: GlueConfig = field(default_factory=GlueConfig)
+    """GLUE only."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """Retrieval only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -211,7 +232,9 @@ class RunConfig:
                 f"model.cross_modal.num_token_types: found {token_types}, expected 3: task nlvr2 tells text, first "
                 "and second image apart"
             )
-        adaptive = self.model.link.kind in ("aaue", "aaue_own_query")
+        if self.task == "glue":
+            _check_glue_splits(self.glue.name, (*self.data.train, *self.data.eval))
+        adaptive = self.model.link.kind in ("aaue", "aaue_own_query") and self.task not in TOWER_OF_TASK
         masked = self.model.mask_padding_in_managers
         if self.data.padding == "auto":
             published = (self.checkpoint.init_from or "").endswith(".ckpt")
@@ -224,4 +247,13 @@ class RunConfig:
             raise ValueError(
                 "data.padding=longest with model.mask_padding_in_managers=false: the managers would attend to "
                 "padding whose length changes from batch to batch; use data.padding=max_length, or mask it"
+            )
+
+
+def _check_glue_splits(name: str, datasets: tuple[DatasetConfig, ...]) -> None:
+    """The splits of all tasks stand in one folder and have the same columns: another task's would train unseen."""
+    for split in (split for dataset in datasets for split in dataset.splits):
+        if not split.startswith(f"{name}-"):
+            raise ValueError(
+                f"glue.name is {name}: found split {split!r}, expected those that begin with '{name}-'"
             )

@@ -12,6 +12,8 @@ Letters: B samples of the micro-batch, F false images, S pixels per side, L toke
 | itm_labels | [B] int64 | 1 the image of the text, 0 another one (ITM on) |
 | sample_ids | [B] int64 | pair number in the corpus |
 
+Tasks of one tower have either `pixels` or texts.
+
 All randomness is keyed by (seed, stream position), so a sample looks the same wherever it is made.
 """
 
@@ -29,7 +31,7 @@ from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.keyed import Purpose, keyed_bits, keyed_generator
 from mt_deepspeed.data.shards import EncodedImage, ShardReadError
 from mt_deepspeed.data.skipped import Skipped
-from mt_deepspeed.data.text import IGNORED, CaptionTokenizer, EncodedText
+from mt_deepspeed.data.text import IGNORED, CaptionTokenizer
 from mt_deepspeed.data.transforms import ImageTransform
 
 Batch = dict[str, Tensor]
@@ -66,19 +68,20 @@ class BatchMaker:
 
     Attributes:
         corpus: Where pairs and images come from.
-        tokenizer: Cuts texts to its `max_text_len`.
+        tokenizer: Cuts texts to its `max_text_len`; None: texts are not read.
         transform: Brings images to S x S.
         seed: Key of all randomness.
         pad_to: L; None: the longest text of the micro-batch.
         mlm_probability: Chance of a word, or token, to be masked; None: no MLM.
         whole_words: Mask whole words.
         negatives: Where images that do not match come from; None: no ITM.
-        num_images: Images of a pair: 1, or 2 (without ITM).
+        num_images: Images of a sample: 1; 2 or 0 (without ITM).
+        second_text: List column of what is encoded behind a text, as a pair, where it is not empty; None: none.
         skip_bad: Put another pair in the place of one that cannot be read, and tell.
     """
 
     corpus: Corpus
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | None
     transform: ImageTransform
     seed: int
     pad_to: int | None
@@ -87,6 +90,7 @@ class BatchMaker:
     negatives: Negatives | None
     num_images: int
     skip_bad: bool
+    second_text: str | None = None
 
     def __call__(self, plan: MicroBatch) -> Made:
         """Reads, decodes and collates; also returns what was skipped.
@@ -108,8 +112,9 @@ class BatchMaker:
         ]
         for i, out in zip(false, false_pixels, strict=True):
             self._read(positions[i], int(plan.others[i]), Purpose.FALSE_IMAGE, samples[i], out[None], skipped)
-        texts = [self.tokenizer.encode(sample.caption) for sample in samples]
-        batch = {"pixels": pixels, **self._text_tensors(texts, positions)}
+        batch = {"pixels": pixels} if self.num_images else {}
+        if self.tokenizer is not None:
+            batch |= self._text_tensors(self.tokenizer, samples, positions)
         if self.negatives == "in_batch":
             self._swap_in_batch(samples, positions, labels_B, index_B)
         if self.negatives is not None:
@@ -156,13 +161,16 @@ class BatchMaker:
         generator = keyed_generator(self.seed, position, _SPARE[purpose])
         yield from generator.integers(first, last, size=REPLACEMENTS).tolist()
 
-    def _text_tensors(self, texts: Sequence[EncodedText], positions: Sequence[int]) -> Batch:
+    def _text_tensors(
+        self, tokenizer: CaptionTokenizer, samples: Sequence[Sample], positions: Sequence[int]
+    ) -> Batch:
+        texts = [tokenizer.encode(sample.caption, self._second(sample)) for sample in samples]
         length = self.pad_to or max((len(text.ids) for text in texts), default=1)
-        ids_BL, mask_BL = tokens_and_mask([text.ids for text in texts], length, self.tokenizer.pad_id)
+        ids_BL, mask_BL = tokens_and_mask([text.ids for text in texts], length, tokenizer.pad_id)
         batch = {"text_ids": ids_BL, "text_mask": mask_BL}
         if self.mlm_probability is not None:
             masked = [
-                self.tokenizer.mask(
+                tokenizer.mask(
                     text,
                     keyed_generator(self.seed, position, Purpose.MASK),
                     self.mlm_probability,
@@ -170,10 +178,15 @@ class BatchMaker:
                 )
                 for text, position in zip(texts, positions, strict=True)
             ]
-            batch["mlm_ids"] = pad([ids for ids, _ in masked], length, self.tokenizer.pad_id)
+            batch["mlm_ids"] = pad([ids for ids, _ in masked], length, tokenizer.pad_id)
             batch["mlm_labels"] = pad([labels for _, labels in masked], length, IGNORED)
             batch["mlm_positions"] = (batch["mlm_labels"].flatten() != IGNORED).nonzero()[:, 0]
         return batch
+
+    def _second(self, sample: Sample) -> str | None:
+        if self.second_text is None:
+            return None
+        return self.corpus.annotations(sample.pair)[self.second_text] or None
 
     def _swap_in_batch(
         self, samples: Sequence[Sample], positions: Sequence[int], labels_B: _Int64, index_B: _Int64

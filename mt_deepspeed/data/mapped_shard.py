@@ -162,6 +162,8 @@ class MappedShard:
 
     def read_ahead(self, first: int, last: int) -> None:
         """Advises the kernel on the first images of texts `first` to `last` - 1, to about a row."""
+        if not self._images:
+            return
         edges = np.array([first, last])
         batch = (np.searchsorted(self._text_starts, edges, side="right") - 1).clip(max=len(self._spans) - 1)
         # Rows of a batch have about as many texts and bytes each.
@@ -178,11 +180,17 @@ class MappedShard:
         within = row - int(self._row_starts[batch])
         first = IMAGE_OFFSETS + PER_IMAGE * number
         data = self._value(self._longs, batch, first, within, f"row {row}: {self._images[number]}")
-        image_id = self._value(self._words, batch, ID_OFFSETS, within, f"row {row}: image_id").tobytes()
         sides = (self._spans[batch, first + 2 : first + 4, 0] // 4 + within).tolist()
         width, height = (int(self._words[place]) for place in sides)
-        where = f"{self.path}: row {row}: image {image_id.decode('utf-8', 'replace')!r}"
-        return EncodedImage(data, width, height, where)
+        return EncodedImage(data, width, height, self.where(row))
+
+    def where(self, row: int) -> str:
+        """File, row and id, for messages."""
+        batch = int(np.searchsorted(self._row_starts, row, side="right")) - 1
+        within = row - int(self._row_starts[batch])
+        name = self._value(self._words, batch, ID_OFFSETS, within, f"row {row}: image_id").tobytes()
+        kind = "image" if self._images else "line"
+        return f"{self.path}: row {row}: {kind} {name.decode('utf-8', 'replace')!r}"
 
     def _value(
         self, offsets: NDArray[Any], batch: int, buffer: int, index: int, what: str

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
 
-from mt_deepspeed.config.run import DataConfig, DatasetConfig, RunConfig
+from mt_deepspeed.config.run import (
+    TASKS_WITH_ANSWERS,
+    TOWER_OF_TASK,
+    DataConfig,
+    DatasetConfig,
+    RunConfig,
+)
 from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, Negatives
 from mt_deepspeed.data.corpus import Corpus, ReadAhead
 from mt_deepspeed.data.keyed import Purpose, keyed_bits
@@ -86,8 +92,9 @@ class TrainStream:
 
     @property
     def answers(self) -> list[str]:
-        """The answers that VQA labels stand for; empty for other tasks."""
-        return answer_vocabulary(self._config, self._corpus) if self._config.task == "vqa" else []
+        """The answers, or classes, that labels stand for; empty for tasks whose shards do not name them."""
+        named = self._config.task in TASKS_WITH_ANSWERS
+        return answer_vocabulary(self._config, self._corpus) if named else []
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -127,8 +134,8 @@ class TrainStream:
         found = self._order.locate(positions_G).found
         offsets_G = self._corpus.offsets[found.dataset]
         pairs_G, others_G = offsets_G + found.index, offsets_G + found.neighbour
-        # Retrieval contrasts the texts of a micro-batch: their length should tell nothing.
-        by_length = self._config.data.padding == "longest" and self._config.task != "retrieval"
+        # Retrieval contrasts the texts of a micro-batch: their length should tell nothing. CIFAR's are its classes.
+        by_length = self._config.data.padding == "longest" and self._config.task not in ("retrieval", "cifar")
         dealt = micro_batches(
             found.depth,
             self._corpus.caption_bytes(pairs_G) if by_length else None,
@@ -202,7 +209,7 @@ def eval_sample_ids(config: RunConfig, max_samples: int = 0) -> NDArray[np.int64
 
 
 def eval_answers(config: RunConfig, labelled: bool) -> list[str]:
-    """The answers that the labels of VQA evaluation data stand for.
+    """The answers, or classes, that the labels of evaluation data stand for.
 
     Raises:
         ValueError: Data sets differ in them; a question without answers, where `labelled` asks for some.
@@ -234,8 +241,10 @@ def prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tu
         raise ValueError("data.eval: weights have no meaning in evaluation; every pair is taken once")
     if not training:
         _refuse_repeats(data.eval)
-    tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
-    _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
+    tokenizer = None
+    if TOWER_OF_TASK.get(config.task) != "vision":
+        tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
+        _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
     negatives: Negatives | None = objectives.itm_negatives if training and pretraining else "dataset"
     if not _has_random_matching(config):
         negatives = None
@@ -255,8 +264,9 @@ def prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tu
         mlm_probability=objectives.mlm_probability if pretraining and objectives.mlm_weight > 0 else None,
         whole_words=objectives.whole_word_masking,
         negatives=negatives,
-        num_images=2 if config.task == "nlvr2" else 1,
+        num_images={"nlvr2": 2, "glue": 0}.get(config.task, 1),
         skip_bad=training and data.on_bad_sample == "skip",
+        second_text="second_sentences" if config.task == "glue" else None,
     )
     if pretraining:
         return corpus, maker

@@ -36,12 +36,12 @@ class RetrievalItems:
         self._config = config
         self._corpus, maker = prepare(config, rank, world_size, training=False)
         assert isinstance(maker, TaskBatchMaker)
-        self._maker = maker
+        tokenizer = maker.maker.tokenizer
+        assert tokenizer is not None
+        self._maker, self._tokenizer = maker, tokenizer
         self._first_pairs = self._corpus.first_pairs()
         samples = [self._corpus.sample(index) for index in range(self._corpus.num_pairs)]
-        self.tokens: list[NDArray[np.int64]] = [
-            maker.maker.tokenizer.encode(sample.caption).ids for sample in samples
-        ]
+        self.tokens: list[NDArray[np.int64]] = [tokenizer.encode(sample.caption).ids for sample in samples]
         numbers = np.array([self._corpus.image_number(sample) for sample in samples])
         # Images without a text have a number too, but take no part.
         self.image_of_text = torch.from_numpy(np.searchsorted(np.unique(numbers), numbers))
@@ -59,7 +59,7 @@ class RetrievalItems:
     @property
     def pad_id(self) -> int:
         """Token id of padding."""
-        return self._maker.maker.tokenizer.pad_id
+        return self._tokenizer.pad_id
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """Memory-mapped reading of shard folders: pairs (image, text) by number, images without copies.
 
-The folders of all tasks are read here: a text is a caption, a question, a statement or a hypothesis, and what
-belongs to it (labels, scores, ids) comes along when asked for.
+The folders of all tasks are read here: a text is a caption, a question, a statement, a hypothesis, a sentence or
+the name of a class, and what belongs to it (labels, scores, ids) comes along when asked for.
 
 Only so many shards are open at a time, whatever the size of the data set. Threads may read freely.
 """
@@ -147,6 +147,11 @@ class CaptionDataset:
         """
         shard = int(np.searchsorted(self._row_starts, row, side="right")) - 1
         return self._shard(shard).image(row - int(self._row_starts[shard]), number)
+
+    def where(self, row: int) -> str:
+        """File, row and id of row `row`, for messages."""
+        shard = int(np.searchsorted(self._row_starts, row, side="right")) - 1
+        return self._shard(shard).where(row - int(self._row_starts[shard]))
 
     def read_ahead(self, first: int, last: int) -> None:
         """Has the system read the images of pairs `first` to `last` - 1 in one go, without waiting for it."""

@@ -8,6 +8,8 @@ Letters: B samples, A answers of the vocabulary, n false texts, L tokens, S pixe
 | vqa | answer_scores | [B, A] float32 | score of each answer; all 0 where answers are not published |
 | vqa | question_ids | [B] int64 | the data set's own number of the question |
 | snli_ve | labels | [B] int64 | 0 contradiction, 1 neutral, 2 entailment |
+| cifar | labels | [B] int64 | class, from 0 |
+| glue | labels | [B] int64 or float32 | class, from 0; stsb: score, 0 to 5 |
 | nlvr2 | labels | [B] int64 | 1: the statement is true |
 | nlvr2 | pixels | [2B, 3, S, S] uint8 | the B first images, then the B second ones |
 | retrieval | image_ids | [B] int64 | number of the image; texts of one image share it |
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mt_deepspeed.config.run import RunConfig
+from mt_deepspeed.config.run import TASKS_WITH_ANSWERS, RunConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, tokens_and_mask
 from mt_deepspeed.data.corpus import Corpus, Sample
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
@@ -34,10 +36,13 @@ SCHEMA_OF_TASK = {
     "snli_ve": "entailment",
     "nlvr2": "nlvr2",
     "retrieval": "caption",
+    "cifar": "class",
+    "glue": "glue",
 }
 """The kind of shards each task reads (key of `data_tools.shard_format.SCHEMAS`)."""
 
-NUM_CLASSES = {"snli_ve": 3, "nlvr2": 2}
+GLUE_SCORE = 5
+"""The highest score of STS-B."""
 
 _CHECKED = 64  # questions looked at before training starts: a split has answers for all, or for none
 
@@ -107,13 +112,22 @@ class TaskBatchMaker:
         return {"answer_scores": scores_BA, "question_ids": ids}
 
     def _labels(self, samples: Sequence[Sample], notes: Sequence[dict[str, Any]]) -> Batch:
-        highest = NUM_CLASSES[self.config.task] - 1
+        highest = self._highest_label()
         for sample, note in zip(samples, notes, strict=True):
             if not 0 <= note["labels"] <= highest:
                 raise ShardReadError(
                     f"{self._where(sample)}: found label {note['labels']}, expected 0 to {highest}"
                 )
-        return {"labels": torch.tensor([note["labels"] for note in notes], dtype=torch.int64)}
+        scored = self.config.task == "glue" and not self.config.glue.num_classes
+        kind = torch.float32 if scored else torch.int64
+        return {"labels": torch.tensor([note["labels"] for note in notes], dtype=kind)}
+
+    def _highest_label(self) -> int:
+        if self.config.task == "cifar":
+            return self.config.classifier.num_answers - 1
+        if self.config.task == "glue":
+            return self.config.glue.num_classes - 1 if self.config.glue.num_classes else GLUE_SCORE
+        return {"snli_ve": 2, "nlvr2": 1}[self.config.task]
 
     def _retrieval(self, plan: MicroBatch, samples: Sequence[Sample]) -> Batch:
         ids = self._image_ids(samples)
@@ -124,10 +138,12 @@ class TaskBatchMaker:
             for sample, position in zip(samples, plan.positions.tolist(), strict=True)
             for text in [sample.caption, *self._false_texts(sample, position)]
         ]
-        encoded = [self.maker.tokenizer.encode(text).ids for text in texts]
+        tokenizer = self.maker.tokenizer
+        assert tokenizer is not None
+        encoded = [tokenizer.encode(text).ids for text in texts]
         length = self.maker.pad_to or max((len(one) for one in encoded), default=1)
         shape = (len(samples), 1 + self.config.retrieval.num_false_texts, length)
-        choice_ids, choice_mask = tokens_and_mask(encoded, length, self.maker.tokenizer.pad_id)
+        choice_ids, choice_mask = tokens_and_mask(encoded, length, tokenizer.pad_id)
         return {
             "image_ids": ids,
             "choice_ids": choice_ids.view(shape),
@@ -147,7 +163,7 @@ class TaskBatchMaker:
         return found
 
     def _where(self, sample: Sample) -> str:
-        return self.maker.corpus.image(sample.dataset, sample.row).where
+        return self.maker.corpus.datasets[sample.dataset].where(sample.row)
 
 
 def check_annotations(config: RunConfig, corpus: Corpus, key: str, training: bool) -> None:
@@ -160,12 +176,12 @@ def check_annotations(config: RunConfig, corpus: Corpus, key: str, training: boo
         training: Labels are needed.
 
     Raises:
-        ValueError: Another answer vocabulary than the configured one, or data without answers to train on.
+        ValueError: Other answers or classes than the configured number, or data without answers to train on.
     """
-    if config.task != "vqa":
+    if config.task not in TASKS_WITH_ANSWERS:
         return
     answer_vocabulary(config, corpus)
-    if training:
+    if training and config.task == "vqa":
         for index in (
             np.linspace(0, corpus.num_pairs - 1, min(_CHECKED, corpus.num_pairs)).astype(int).tolist()
         ):
@@ -178,7 +194,7 @@ def check_annotations(config: RunConfig, corpus: Corpus, key: str, training: boo
 
 
 def answer_vocabulary(config: RunConfig, corpus: Corpus) -> list[str]:
-    """The answers that the labels of all VQA data sets of a corpus stand for.
+    """The answers, or classes, that the labels of all data sets of a corpus stand for.
 
     Raises:
         ValueError: They differ between data sets, or their number is not the configured one.

@@ -77,9 +77,12 @@ class CaptionTokenizer:
         vocabulary: dict[str, int] = self._backend.get_vocab()
         return vocabulary
 
-    def encode(self, text: str) -> EncodedText:
-        """Token ids and word numbers of one text, cut to `max_text_len` tokens."""
-        encoding = self._backend.encode(text)
+    def encode(self, text: str, second: str | None = None) -> EncodedText:
+        """Token ids and word numbers of one text, cut to `max_text_len` tokens.
+
+        Two texts become `<s> text </s></s> second </s>`; what is too long is cut from the longer one.
+        """
+        encoding = self._backend.encode(text, second)
         words = [-1 if word is None else word for word in encoding.word_ids]
         return EncodedText(np.array(encoding.ids, dtype=np.int64), np.array(words, dtype=np.int64))
 

@@ -1,4 +1,4 @@
-"""Evaluation: runs the task over batches on all ranks and reduces the sums once."""
+"""Evaluation: runs the task over batches on all ranks and brings their reports together once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.engine.protocols import Batch, Report, Task
+from mt_deepspeed.engine.protocols import SAMPLES, Batch, Report, Task
 from mt_deepspeed.engine.runner import TaskRunner, add_reports, to_device
 
 
@@ -35,24 +36,50 @@ def evaluate(
         interrupted: Asked before every batch: whether this rank wants to stop.
 
     Returns:
-        Report name -> sum / count. Names whose count is 0 are left out.
+        Report name -> sum / count, and the task's `figures`. Names whose count is 0 are left out.
 
     Raises:
         EvaluationInterrupted: Some rank's `interrupted` said so.
     """
-    was_training = bool(getattr(model, "module", model).training)
+    runner = getattr(model, "module", model)
+    was_training = bool(runner.training)
     model.eval()
-    total: Report = {}
+    tally = Tally(runner.task)
     try:
         with torch.no_grad():
             for batch, counts in _in_lockstep(iter(batches), device, interrupted):
-                report = model("eval", to_device(batch, device))
-                if not counts:
-                    report = {name: torch.zeros_like(pair) for name, pair in report.items()}
-                add_reports(total, report)
+                tally.add(model("eval", to_device(batch, device)), counts)
     finally:
         model.train(was_training)
-    return reduce_report(total, device)
+    return tally.reduce(device)
+
+
+class Tally:
+    """What the reports of one rank's evaluation batches come to, with those of all other ranks."""
+
+    def __init__(self, task: Task) -> None:
+        self._figures: Callable[[Tensor], dict[str, float]] | None = getattr(task, "figures", None)
+        self._total: Report = {}
+        self._samples: list[Tensor] = []
+
+    def add(self, report: Report, counts: bool = True) -> None:
+        """Takes the report of a batch; one that does not count leaves its names only."""
+        pairs = {name: pair for name, pair in report.items() if name != SAMPLES}
+        if not counts:
+            pairs = {name: torch.zeros_like(pair) for name, pair in pairs.items()}
+        elif SAMPLES in report:
+            self._samples.append(report[SAMPLES].detach())
+        add_reports(self._total, pairs)
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """Metrics of all ranks' batches; a collective."""
+        metrics = reduce_report(self._total, device)
+        if self._figures is None:
+            return metrics
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, torch.cat(self._samples).cpu() if self._samples else None)
+        samples = [rows for rows in found if rows is not None]
+        return metrics | (self._figures(torch.cat(samples)) if samples else {})
 
 
 def evaluate_task(task: Task, batches: Iterable[Batch], place: Place, precision: str) -> dict[str, float]:

@@ -13,6 +13,10 @@ Batch: TypeAlias = dict[str, Tensor]
 Report: TypeAlias = dict[str, Tensor]
 """name -> tensor [2] (sum, count), detached; the engine adds them up and logs sum / count."""
 
+SAMPLES = "samples"
+"""The one entry of an evaluation report that is no pair: `[B, k]`, a row of numbers for each sample. The engine brings
+the rows of all ranks together, and the task makes its `figures` of them."""
+
 
 class SampleStream(Protocol):
     """This rank's endless share of the global sample stream."""
@@ -41,8 +45,9 @@ class Task(Protocol):
 
     A task may also offer `flops_per_sample() -> float` (model FLOPs of one sample, forward and
     backward; enables TFLOP/s and MFU), `checkpointable_layers() -> list[nn.Module]` (the repeated layers,
-    in order, that activation checkpointing and compilation may wrap) and
-    `fake_batch(samples: int, text_len: int) -> Batch` (noise with the shapes of a real batch; enables dry runs).
+    in order, that activation checkpointing and compilation may wrap),
+    `fake_batch(samples: int, text_len: int) -> Batch` (noise with the shapes of a real batch; enables dry runs) and
+    `figures(samples: Tensor) -> dict[str, float]` (metrics that are no mean over samples, of the `SAMPLES` rows).
     """
 
     loss_weights: dict[str, float]

@@ -6,6 +6,10 @@ from torch import Tensor
 Report = dict[str, Tensor]
 """Metric name -> float64 tensor [2]: sum, count."""
 
+SAMPLES = "samples"
+"""The one entry of an evaluation report that is no pair: a row of numbers for each sample, of all of which at once
+the task makes its `figures`."""
+
 
 def pair(total: Tensor | float, count: Tensor | float) -> Tensor:
     """(sum, count) as a detached float64 tensor [2] on the device of `total`."""

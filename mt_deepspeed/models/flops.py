@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mt_deepspeed.config.model import HeadsConfig, ModelConfig
 from mt_deepspeed.models.heads import MLMHead
+from mt_deepspeed.models.single_tower import TextOnly, VisionOnly
 from mt_deepspeed.models.two_tower import TwoTowerModel
 
 
@@ -68,3 +69,24 @@ def _parts(config: ModelConfig, text_tokens: int) -> tuple[float, ...]:
         counter.get_total_flops() / rows for counter in (text_count, image_count, head_count)
     )
     return text, image, whole, unpooled, pooled - unpooled, masked
+
+
+@lru_cache(maxsize=64)
+def vision_flops(config: ModelConfig) -> float:
+    """Operations of one picture in the vision tower alone."""
+    side = config.vision.image_size
+    with torch.device("meta"):
+        model, pixels = VisionOnly(config).eval(), torch.zeros(1, 3, side, side)
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        model.encode_image(pixels)
+    return count.get_total_flops()
+
+
+@lru_cache(maxsize=64)
+def text_flops(config: ModelConfig, text_tokens: int) -> float:
+    """Operations of one text in the text tower alone."""
+    with torch.device("meta"):
+        model, ids = TextOnly(config).eval(), torch.zeros(1, text_tokens, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        model.encode_text(ids, torch.ones_like(ids))
+    return count.get_total_flops()

@@ -5,6 +5,7 @@ A module that wraps its `TwoTowerModel` does so under the attribute `model`; tha
 Everything here works on parameters split by ZeRO-3, one whole parameter at a time.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from mt_deepspeed.models.key_maps import (
 from mt_deepspeed.models.partition import whole
 from mt_deepspeed.models.vision_tower import resize_positions
 from mt_deepspeed.models.weight_sources import WeightSource, open_source
+
+MAX_LISTED = 40
+"""Names of one kind that a report lists one by one."""
 
 
 class KeyMismatchError(ValueError):
@@ -53,8 +57,16 @@ class KeyReport:
         for title in ("resized", "missing", "unexpected"):
             names = getattr(self, title)
             if names:
-                lines.append(f"  {title} ({len(names)}): {', '.join(names)}")
+                lines.append(f"  {title} ({len(names)}): {', '.join(_shortened(names))}")
         return "\n".join(lines)
+
+
+def _shortened(names: tuple[str, ...]) -> list[str]:
+    """Many names, such as those of a whole tower, by their first parts: `vit_model.* (152)`."""
+    if len(names) <= MAX_LISTED:
+        return list(names)
+    parts = Counter(name.partition(".")[0] for name in names)
+    return [f"{part}.* ({count})" for part, count in parts.items()]
 
 
 def import_checkpoint(

@@ -22,8 +22,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, num_states: int, init_std: float = 0.02) -> None:
         super().__init__()
         self.num_states = num_states
-        roberta = RobertaConfig(**_roberta_arguments(config))
-        roberta._attn_implementation = "sdpa"
+        roberta = roberta_config(config)
         # The parts and not `RobertaModel`: its own initialisation fails on parameters split by zero.Init.
         self.embeddings = RobertaEmbeddings(roberta)
         self.encoder = RobertaEncoder(roberta)
@@ -48,18 +47,22 @@ class TextTower(nn.Module):
         return states[-self.num_states :]
 
 
-def _roberta_arguments(config: TextTowerConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "pad_token_id": config.pad_token_id,
-        "hidden_act": config.hidden_act,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-    }
+def roberta_config(config: TextTowerConfig, **more: Any) -> RobertaConfig:
+    """The same sizes as transformers names them; `more` are further arguments of `RobertaConfig`."""
+    roberta = RobertaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_positions,
+        type_vocab_size=config.type_vocab_size,
+        pad_token_id=config.pad_token_id,
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        **more,
+    )
+    roberta._attn_implementation = "sdpa"
+    return roberta

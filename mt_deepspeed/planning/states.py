@@ -102,7 +102,7 @@ def task_figures(config: RunConfig, text_len: int) -> tuple[float, float]:
     """FLOPs of a sample, forward and backward, and images that are decoded for it."""
     with torch.device("meta"):
         task = build_task(config)
-        images = len(task.fake_batch(2, text_len)["pixels"]) / 2
+        images = len(task.fake_batch(2, text_len).get("pixels", ())) / 2
     return task.flops_per_sample(text_len), images
 
 

@@ -18,8 +18,8 @@ def outputs(
 ) -> dict[str, Tensor]:
     """`text_feats [B,L,D]`, `image_feats [B,P,D]`, `cls_feats [B,2D]`, and the logits of each head by its name.
 
-    NLVR2 takes 2B pictures, first ones first, and gives its logits only. Contrastive heads give unit vectors
-    `[B, E]`.
+    NLVR2 takes 2B pictures, first ones first, and gives its logits only, as do models of one tower. Contrastive
+    heads give unit vectors `[B, E]`.
 
     Args:
         task: A two-tower model as `model` with its heads beside it.
@@ -28,8 +28,11 @@ def outputs(
         pixels: `[B, 3, S, S]`, uint8, or float and normalised.
         record: See `TwoTowerModel.fuse`.
     """
+    batch = {"text_ids": text_ids, "text_mask": text_mask, "pixels": pixels}
+    for name in ("cifar_classifier", "glue_classifier"):  # one tower, which reads its part
+        if hasattr(task, name):
+            return {name: task.logits(batch)}
     if hasattr(task, "nlvr2_classifier"):
-        batch = {"text_ids": text_ids, "text_mask": text_mask, "pixels": pixels}
         return {"nlvr2_classifier": task.logits(batch, record)}
     model = task.model
     text, image = model.encode_text(text_ids, text_mask), model.encode_image(pixels)

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mt_deepspeed.config import DataConfig, RunConfig, from_dict, load_config, to_dict
+from mt_deepspeed.config import RunConfig, from_dict, load_config, to_dict
+from mt_deepspeed.config.run import TASKS_WITH_ANSWERS, TOWER_OF_TASK
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
 from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
@@ -23,7 +24,7 @@ from mt_deepspeed.tasks import build_task
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, RUN_CONFIG = "model.safetensors", "config.json", "config.yaml"
 ANSWERS = "answers.json"
-"""In the folder of a VQA run and of its exported model: the answers, in the order of their labels."""
+"""In the folder of a run and of its exported model: answers (VQA) or classes (CIFAR), in the order of their labels."""
 _CONVERT = (
     "Published checkpoints and transformers models are brought in by "
     "`python -m mt_deepspeed.export --checkpoint FILE_OR_FOLDER --out DIR`"
@@ -57,7 +58,8 @@ def save(pretrained: Pretrained, folder: str | Path) -> None:
     """Writes the exported folder; see the module docstring."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pretrained.tokenizer.save(folder)
+    if _reads_texts(pretrained.config):
+        pretrained.tokenizer.save(folder)
     state = plain_state_dict(pretrained.task)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     data = {name: getattr(pretrained.config.data, name) for name in EXPORTED_DATA}
@@ -68,6 +70,7 @@ def save(pretrained: Pretrained, folder: str | Path) -> None:
             "model": to_dict(pretrained.config.model),
             "objectives": to_dict(pretrained.config.objectives),
             "classifier": to_dict(pretrained.config.classifier),
+            "glue": to_dict(pretrained.config.glue),
             "retrieval": to_dict(pretrained.config.retrieval),
             "data": data,
         },
@@ -97,7 +100,7 @@ def _from_export(folder: Path) -> Pretrained:
     config = from_dict(RunConfig, settings["config"])
     task = build_task(config)
     import_checkpoint(task, folder / WEIGHTS)
-    tokenizer = _tokenizer(config.data, ".", folder)
+    tokenizer = _tokenizer(config, ".", folder)
     return Pretrained(config, task, tokenizer, settings["provenance"], read_answers(folder, config))
 
 
@@ -106,7 +109,7 @@ def _from_run(folder: Path, checkpoint: Path) -> Pretrained:
     task = build_task(config)
     import_checkpoint(task, run_state_dict(checkpoint))
     provenance = {"run": folder.resolve().name, "checkpoint": checkpoint.name}
-    tokenizer = _tokenizer(config.data, config.data.tokenizer, config.data.root)
+    tokenizer = _tokenizer(config, config.data.tokenizer, config.data.root)
     return Pretrained(config, task, tokenizer, provenance, read_answers(folder, config))
 
 
@@ -117,12 +120,12 @@ def keep_answers(folder: Path, answers: Sequence[str]) -> None:
 
 
 def read_answers(folder: Path, config: RunConfig) -> list[str]:
-    """The answers of a VQA model's folder, in the order of their labels; none for other tasks.
+    """The answers or classes of a model's folder, in the order of their labels; none for tasks without such a list.
 
     Raises:
         ValueError: They are missing, or not as many as the model has.
     """
-    if config.task != "vqa":
+    if config.task not in TASKS_WITH_ANSWERS:
         return []
     try:
         answers = json.loads((folder / ANSWERS).read_text("utf-8"))
@@ -133,5 +136,11 @@ def read_answers(folder: Path, config: RunConfig) -> list[str]:
     return answers
 
 
-def _tokenizer(data: DataConfig, source: str, root: str | Path) -> CaptionTokenizer:
-    return load_tokenizer(source, root, data.max_text_len, special_in_text=True)
+def _tokenizer(config: RunConfig, source: str, root: str | Path) -> CaptionTokenizer | None:
+    if not _reads_texts(config):
+        return None
+    return load_tokenizer(source, root, config.data.max_text_len, special_in_text=True)
+
+
+def _reads_texts(config: RunConfig) -> bool:
+    return TOWER_OF_TASK.get(config.task) != "vision"

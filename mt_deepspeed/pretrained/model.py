@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config.run import TOWER_OF_TASK
 from mt_deepspeed.data.text import CaptionTokenizer
 from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.pretrained.inference import (
@@ -59,7 +60,7 @@ class Pretrained:
         self,
         config: RunConfig,
         task: AnyTask,
-        tokenizer: CaptionTokenizer,
+        tokenizer: CaptionTokenizer | None,
         provenance: dict[str, Any],
         answers: Sequence[str] = (),
     ) -> None:
@@ -67,7 +68,6 @@ class Pretrained:
         self.task: Any = task.eval()
         self.answers = tuple(answers)
         self.labels: tuple[str, ...] = self.answers or getattr(task, "labels", ())
-        self.tokenizer = tokenizer
         self.processor = Processor(config.data, config.model.vision.image_size, tokenizer)
         self.provenance = provenance
 
@@ -83,6 +83,11 @@ class Pretrained:
         from mt_deepspeed.pretrained.loading import save
 
         save(self, folder)
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """See `Processor.tokenizer`."""
+        return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -255,9 +260,22 @@ class Pretrained:
         Raises:
             ValueError: Names the task the model was trained for.
         """
+        self.need_both_towers()
         heads = ABILITIES[ability]
         if not any(hasattr(self.task, head) for head in heads):
             raise ValueError(
                 f"this model cannot {ability}: it was trained for task {self.config.task} and has no "
                 f"{' or '.join(heads)}"
+            )
+
+    def need_both_towers(self) -> None:
+        """Refuses a model of one tower, which is for `mt_deepspeed.evaluate` only.
+
+        Raises:
+            ValueError: Names the task it was trained for.
+        """
+        if self.config.task in TOWER_OF_TASK:
+            raise ValueError(
+                f"a model of task {self.config.task} is the {TOWER_OF_TASK[self.config.task]} tower alone: "
+                "python -m mt_deepspeed.evaluate measures it, nothing else takes it"
             )

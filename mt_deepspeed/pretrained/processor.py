@@ -24,13 +24,24 @@ class Processor:
     Args:
         data: Evaluation transform, padding and text length.
         image_size: S, pixels per side.
-        tokenizer: Reads `<mask>` in a text as the mask token.
+        tokenizer: Reads `<mask>` in a text as the mask token; None: the model reads no texts.
     """
 
-    def __init__(self, data: DataConfig, image_size: int, tokenizer: CaptionTokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, data: DataConfig, image_size: int, tokenizer: CaptionTokenizer | None) -> None:
+        self._tokenizer = tokenizer
         self.padding, self.max_text_len = data.padding, data.max_text_len
         self.transform = ImageTransform(data.eval_transform, image_size, train=False)
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """Texts to token ids.
+
+        Raises:
+            ValueError: The model reads no texts.
+        """
+        if self._tokenizer is None:
+            raise ValueError("this model reads no texts, it has no tokenizer")
+        return self._tokenizer
 
     def __call__(self, images: Sequence[Picture], texts: Sequence[str]) -> dict[str, Tensor]:
         """`text_ids`, `text_mask` `[B, L]` and `pixels` `[B, 3, S, S]` (NLVR2: B left pictures, then B right)."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mt_deepspeed.config import RunConfig, from_dict, load_config, to_dict
+from mt_deepspeed.config.run import TOWER_OF_TASK
 from mt_deepspeed.data.text import load_tokenizer
 from mt_deepspeed.engine.weights import choose_weights, read_weights
 from mt_deepspeed.models.key_maps import plain_name
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 HEADS = ("*_score.*", "*_classifier.*", "rank_output.*", "*itc*", "temperature", "logit_scale")
 """Parameters that belong to a task: a starting checkpoint may lack them, or bring others."""
+
+_FUSION = ("cross_modal_*", "token_type_embeddings.*", "layer_embeddings_*")
+STAYS_BEHIND = {"vision": ("text_transformer.*", *_FUSION), "text": ("vit_model.*", *_FUSION)}
+"""Tower that is all of a model -> parts of a two-tower checkpoint that it does not have."""
 
 MAY_DIFFER = {
     "text.pretrained",
@@ -52,10 +57,14 @@ def check_start(config: RunConfig) -> None:
     if source is None:
         return
     own, other = _flat(to_dict(config.model)), _flat(to_dict(source.model))
-    wrong = [key for key in own if key not in MAY_DIFFER and own[key] != other[key]]
+    tower = TOWER_OF_TASK.get(config.task)
+    kept = [key for key in own if key not in MAY_DIFFER and (tower is None or key.startswith(f"{tower}."))]
+    wrong = [key for key in kept if own[key] != other[key]]
     if wrong:
         shown = "; ".join(f"model.{key} is {own[key]}, there {other[key]}" for key in wrong)
         raise ValueError(f"checkpoint.init_from {folder}: another model: {shown}")
+    if tower == "vision":
+        return
     exported = (folder / "vocab.json").is_file()
     tokenizer, root = (str(folder.resolve()), ".") if exported else (source.data.tokenizer, source.data.root)
     try:
@@ -99,9 +108,11 @@ def load_starting_weights(task: nn.Module, config: RunConfig) -> list[KeyReport]
     """
     reports = []
     init_from = config.checkpoint.init_from
+    tower = TOWER_OF_TASK.get(config.task)
     if init_from is not None:
         source = _source(Path(init_from).expanduser())
-        report = import_checkpoint(task, source, allow_missing=HEADS, allow_unexpected=HEADS)
+        spare = (*HEADS, *STAYS_BEHIND[tower]) if tower else HEADS
+        report = import_checkpoint(task, source, allow_missing=HEADS, allow_unexpected=spare)
         reports.append(report)
         if isinstance(task, FalseTextsTask) and "rank_output.weight" in report.missing:
             if "itm_score.fc.weight" in report.missing:
@@ -111,9 +122,10 @@ def load_starting_weights(task: nn.Module, config: RunConfig) -> list[KeyReport]
                 )
             task.rank_from_matching()
     else:
-        for tower in (config.model.text.pretrained, config.model.vision.pretrained):
-            if tower is not None:
-                reports.append(import_checkpoint(task, tower))
+        towers = {"text": config.model.text.pretrained, "vision": config.model.vision.pretrained}
+        for name, weights in towers.items():
+            if weights is not None and tower in (None, name):
+                reports.append(import_checkpoint(task, weights))
     for report in reports:
         log.info("%s", report)
     return reports

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from data_tools.sources.answers import normal_answer
 from data_tools.sources.json_stream import entries
 from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config.run import TASKS_WITH_ANSWERS
 from mt_deepspeed.data.pipeline import eval_answers, eval_batches, eval_sample_ids
 from mt_deepspeed.engine.agreement import together
-from mt_deepspeed.engine.evaluate import reduce_report
+from mt_deepspeed.engine.evaluate import Tally
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import autocast
-from mt_deepspeed.engine.runner import add_reports, to_device
-from mt_deepspeed.evaluation.sums import Report
+from mt_deepspeed.engine.runner import to_device
 from mt_deepspeed.evaluation.vqa_accuracy import Asked, refuse_partial, vqa_accuracy
 from mt_deepspeed.pretrained.loading import Pretrained
 from mt_deepspeed.tasks.classification import ClassificationTask, eval_set_names
@@ -30,8 +30,8 @@ class Classified:
     """What a classifier made of the evaluation data; the same on all ranks."""
 
     metrics: dict[str, float]
-    predictions: dict[int, int]
-    """sample id -> class."""
+    predictions: dict[int, float]
+    """sample id -> class (a whole number), or score."""
     question_ids: dict[int, int]
     """VQA: sample id -> the data set's own number of the question."""
 
@@ -49,18 +49,18 @@ def classify(
         labelled: Refuse questions without answers before anything is computed.
 
     Raises:
-        ValueError: VQA shards with other answers than the model's, or without any; a sample that cannot be read;
-            on all ranks, also where one rank met it.
+        ValueError: Shards with other answers or classes than the model's, or without any; a sample that cannot be
+            read; on all ranks, also where one rank met it.
     """
     task = pretrained.task
     assert isinstance(task, ClassificationTask)
-    if config.task == "vqa" and eval_answers(config, labelled) != list(pretrained.answers):
+    if config.task in TASKS_WITH_ANSWERS and eval_answers(config, labelled) != list(pretrained.answers):
         raise ValueError(
             f"the answers of {config.data.eval[0].path} are not those the model was trained on; convert the data "
             "with --answers and the shards it was trained on"
         )
-    total: Report = {}
-    predictions: dict[int, int] = {}
+    tally = Tally(task)
+    predictions: dict[int, float] = {}
     questions: dict[int, int] = {}
     task.eval_sets = eval_set_names(config)
 
@@ -70,9 +70,9 @@ def classify(
                 continue
             on_device = to_device(batch, place.device)
             logits = task.logits(on_device).float()
-            add_reports(total, task.metrics(logits, on_device))
+            tally.add(task.metrics(logits, on_device))
             ids = batch["sample_ids"].tolist()
-            predictions.update(zip(ids, logits.argmax(dim=-1).tolist(), strict=True))
+            predictions.update(zip(ids, task.predictions(logits).tolist(), strict=True))
             if "question_ids" in batch:
                 questions.update(zip(ids, batch["question_ids"].tolist(), strict=True))
 
@@ -82,7 +82,7 @@ def classify(
     expected = eval_sample_ids(config, max_samples).tolist()
     if sorted(predictions) != expected:
         raise AssertionError(f"{len(predictions)} samples were evaluated, {len(expected)} are there")
-    return Classified(reduce_report(total, place.device), predictions, merge_by_id(questions))
+    return Classified(tally.reduce(place.device), predictions, merge_by_id(questions))
 
 
 def merge_by_id(own: Mapping[int, T]) -> dict[int, T]:
@@ -112,7 +112,7 @@ def vqa_answers(pretrained: Pretrained, classified: Classified) -> dict[int, str
             raise ValueError(
                 f"question_id {question} stands in the evaluation data twice; name each split once"
             )
-        found[question] = pretrained.answers[label]
+        found[question] = pretrained.answers[int(label)]
     return found
 
 

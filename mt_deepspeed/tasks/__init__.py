@@ -1,8 +1,10 @@
 """Tasks: what a model is trained for. A task owns model, heads, losses, metrics and the keys of its batches."""
 
 from mt_deepspeed.config import RunConfig
+from mt_deepspeed.tasks.cifar import CifarTask
 from mt_deepspeed.tasks.classification import ClassificationTask
 from mt_deepspeed.tasks.false_texts import FalseTextsTask
+from mt_deepspeed.tasks.glue import GlueTask
 from mt_deepspeed.tasks.nlvr2 import Nlvr2Task
 from mt_deepspeed.tasks.pretrain import PretrainTask
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks, RetrievalTask
@@ -12,7 +14,13 @@ from mt_deepspeed.tasks.vqa import VQATask
 
 AnyTask = PretrainTask | ClassificationTask | RetrievalTask | FalseTextsTask | ThreeWayTask
 
-CLASSIFIERS = {"vqa": VQATask, "snli_ve": SnliVETask, "nlvr2": Nlvr2Task}
+CLASSIFIERS = {
+    "vqa": VQATask,
+    "snli_ve": SnliVETask,
+    "nlvr2": Nlvr2Task,
+    "cifar": CifarTask,
+    "glue": GlueTask,
+}
 
 
 def build_task(config: RunConfig, ranks: Ranks = ALONE) -> AnyTask:

@@ -1,4 +1,4 @@
-"""What VQA, SNLI-VE and NLVR2 have in common: one text, one or two images, one answer among C.
+"""What tasks with a classifier have in common: one answer among C, of a pair of text and images or of one of them.
 
 Shapes: B samples, L text tokens, C classes.
 """
@@ -13,6 +13,7 @@ from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
+from mt_deepspeed.models.single_tower import TextOnly, VisionOnly
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch
@@ -22,11 +23,11 @@ Batch = dict[str, Tensor]
 
 
 class ClassificationTask(nn.Module):
-    """A two-tower model with a classifier on the features of a pair.
+    """A model with a classifier, which stands under `head_name`.
 
     Args:
         config: The run.
-        heads: The head; it stands under `head_name`.
+        model: What the classifier reads from.
     """
 
     head_name: str
@@ -34,28 +35,20 @@ class ClassificationTask(nn.Module):
     metric_name = "accuracy"
     labels: tuple[str, ...] = ()
     """Names of the classes, where the data set has fixed ones."""
-    num_images = 1
 
-    def __init__(self, config: RunConfig, heads: HeadsConfig) -> None:
+    def __init__(self, config: RunConfig, model: TwoTowerModel | VisionOnly | TextOnly) -> None:
         super().__init__()
-        self.model = TwoTowerModel(config.model)
-        attach_heads(self, config.model, heads)
+        self.model = model
         self.loss_weights = {self.loss_name: 1.0}
         self.eval_sets = eval_set_names(config)
-        self._pictures: dict[str, Tensor] = {}
-        self._text_len = 0
 
-    def features(self, batch: Batch, record: Record | None = None) -> Tensor:
-        """What the head reads, `[B, features]`."""
-        self._text_len = batch["text_mask"].shape[1]
-        text = self.model.encode_text(batch["text_ids"], batch["text_mask"])
-        image = self.model.encode_image(batch["pixels"])
-        return self.model.fuse(text, image, batch["text_mask"], record=record, pooled_from=0).cls_feats
+    def logits(self, batch: Batch) -> Tensor:
+        """`[B, C]` of a batch with the keys that the model reads."""
+        raise NotImplementedError
 
-    def logits(self, batch: Batch, record: Record | None = None) -> Tensor:
-        """`[B, C]` of a batch with `pixels`, `text_ids`, `text_mask`."""
-        logits: Tensor = getattr(self, self.head_name)(self.features(batch, record))
-        return logits
+    def predictions(self, logits_BC: Tensor) -> Tensor:
+        """Likeliest classes, `[B]`."""
+        return logits_BC.argmax(dim=-1)
 
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Mean loss of the batch."""
@@ -65,8 +58,12 @@ class ClassificationTask(nn.Module):
         """What each sample's likeliest class earns, and 1 where it counts at all: `[B]`, `[B]`."""
         raise NotImplementedError
 
-    def fake_labels(self, samples: int) -> Batch:
-        """Invented labels of B samples: the keys that `loss` and `points` read."""
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        raise NotImplementedError
+
+    def flops_per_sample(self, text_len: int | None = None) -> float:
+        """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -81,26 +78,9 @@ class ClassificationTask(nn.Module):
         """Samples of one micro-batch."""
         return {self.loss_name: torch.tensor(len(batch["sample_ids"]), device=batch["sample_ids"].device)}
 
-    def fake_batch(self, samples: int, text_len: int) -> Batch:
-        """See `PretrainTask.fake_batch`."""
-        images = samples * self.num_images
-        batch = noise_batch(self.model.config, samples, text_len, images)
-        batch["dataset_ids"] = torch.zeros(samples, dtype=torch.int64)
-        return batch | self.fake_labels(samples)
-
     def eval_step(self, batch: Batch) -> Report:
-        """(sum, count) of loss and metric; remembers pictures for `heatmaps`."""
-        return self.metrics(self.eval_logits(batch), batch)
-
-    def eval_logits(self, batch: Batch) -> Tensor:
-        """As `logits`; the first time since `heatmaps`, keeps pictures for it."""
-        if self._pictures:
-            return self.logits(batch)
-        record: Record = {}
-        with watched(self.model.cross_modal_text_layers[-1:]) as attention:
-            logits_BC = self.logits(batch, record)
-        self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
-        return logits_BC
+        """(sum, count) of loss and metric."""
+        return self.metrics(self.logits(batch), batch)
 
     def metrics(self, logits_BC: Tensor, batch: Batch) -> Report:
         """(sum, count) of loss and metric, the metric also for each evaluation set."""
@@ -123,24 +103,79 @@ class ClassificationTask(nn.Module):
         return metrics.get(first, metrics[self.metric_name])
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        """None."""
+        return {}
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""
         return self.model.checkpointable_layers()
+
+    @staticmethod
+    def parameter_role(name: str) -> str:
+        """See `published_role`."""
+        return published_role(name)
+
+
+class PairClassificationTask(ClassificationTask):
+    """A two-tower model with a classifier on the features of a text with one or two images: VQA, SNLI-VE, NLVR2.
+
+    Args:
+        config: The run.
+        heads: The head.
+    """
+
+    model: TwoTowerModel
+    num_images = 1
+
+    def __init__(self, config: RunConfig, heads: HeadsConfig) -> None:
+        super().__init__(config, TwoTowerModel(config.model))
+        attach_heads(self, config.model, heads)
+        self._pictures: dict[str, Tensor] = {}
+        self._text_len = 0
+
+    def features(self, batch: Batch, record: Record | None = None) -> Tensor:
+        """What the head reads, `[B, features]`."""
+        self._text_len = batch["text_mask"].shape[1]
+        text = self.model.encode_text(batch["text_ids"], batch["text_mask"])
+        image = self.model.encode_image(batch["pixels"])
+        return self.model.fuse(text, image, batch["text_mask"], record=record, pooled_from=0).cls_feats
+
+    def logits(self, batch: Batch, record: Record | None = None) -> Tensor:
+        """`[B, C]` of a batch with `pixels`, `text_ids`, `text_mask`."""
+        logits: Tensor = getattr(self, self.head_name)(self.features(batch, record))
+        return logits
+
+    def fake_labels(self, samples: int) -> Batch:
+        """Invented labels of B samples: the keys that `loss` and `points` read."""
+        raise NotImplementedError
+
+    def fake_batch(self, samples: int, text_len: int) -> Batch:
+        """See `PretrainTask.fake_batch`."""
+        images = samples * self.num_images
+        batch = noise_batch(self.model.config, samples, text_len, images)
+        batch["dataset_ids"] = torch.zeros(samples, dtype=torch.int64)
+        return batch | self.fake_labels(samples)
+
+    def eval_step(self, batch: Batch) -> Report:
+        """(sum, count) of loss and metric; the first time since `heatmaps`, keeps pictures for it."""
+        if self._pictures:
+            return super().eval_step(batch)
+        record: Record = {}
+        with watched(self.model.cross_modal_text_layers[-1:]) as attention:
+            logits_BC = self.logits(batch, record)
+        self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
+        return self.metrics(logits_BC, batch)
+
+    def heatmaps(self) -> dict[str, Tensor]:
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
         tokens = text_len or self._text_len or self.model.config.text.max_positions
         images = self.num_images
         return 3 * forward_flops(self.model.config, tokens, images, images, 0, texts=1, pooled=images)
-
-    @staticmethod
-    def parameter_role(name: str) -> str:
-        """See `published_role`."""
-        return published_role(name)
 
 
 def eval_set_names(config: RunConfig) -> list[str]:

@@ -59,7 +59,7 @@ def attention_picture(pixels: Tensor, attention_BHLP: Tensor, text_mask_BL: Tens
     Returns:
         `[2 * SIDE, n * SIDE, 3]` uint8 on the CPU, n at most `SHOWN`.
     """
-    rows = min(SHOWN, len(pixels))
+    rows = min(SHOWN, len(text_mask_BL))  # behind the texts' own pictures there may be false ones
     words_BL = text_mask_BL[:rows].clone().float()
     words_BL[:, 0] = 0
     words_BL[torch.arange(rows), text_mask_BL[:rows].sum(dim=1) - 1] = 0

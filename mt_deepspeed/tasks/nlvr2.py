@@ -8,13 +8,13 @@ from mt_deepspeed.models.managers import Record
 from mt_deepspeed.objectives.classification import class_loss
 from mt_deepspeed.tasks.classification import (
     Batch,
-    ClassificationTask,
+    PairClassificationTask,
     accuracy_points,
     classifier_heads,
 )
 
 
-class Nlvr2Task(ClassificationTask):
+class Nlvr2Task(PairClassificationTask):
     """Each image is fused with the statement; the head reads the features of both pairs, `[B, 4D]`.
 
     Tokens of the first image carry row 1 of the type table, those of the second row 2. The published code

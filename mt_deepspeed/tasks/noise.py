@@ -10,7 +10,7 @@ from mt_deepspeed.config import ModelConfig
 
 
 def noise_batch(model: ModelConfig, samples: int, text_len: int, images: int) -> dict[str, Tensor]:
-    """What the batches of all tasks hold: `pixels [images, 3, S, S]`, `text_ids`, `text_mask`, `sample_ids`.
+    """What the batches of all two-tower tasks hold: `pixels [images, 3, S, S]`, `text_ids`, `text_mask`, `sample_ids`.
 
     Args:
         model: Gives image size and vocabulary.
@@ -18,14 +18,19 @@ def noise_batch(model: ModelConfig, samples: int, text_len: int, images: int) ->
         text_len: L; every text is that long.
         images: Pictures of the batch.
     """
-    side = model.vision.image_size
     ids_BL = noise_ids(model, samples, text_len)
     return {
-        "pixels": torch.randint(256, (images, 3, side, side), dtype=torch.uint8),
+        "pixels": noise_pixels(model, images),
         "text_ids": ids_BL,
         "text_mask": torch.ones_like(ids_BL),
         "sample_ids": torch.arange(samples),
     }
+
+
+def noise_pixels(model: ModelConfig, images: int) -> Tensor:
+    """Pictures of the model's size, uint8."""
+    side = model.vision.image_size
+    return torch.randint(256, (images, 3, side, side), dtype=torch.uint8)
 
 
 def noise_ids(model: ModelConfig, *shape: int) -> Tensor:

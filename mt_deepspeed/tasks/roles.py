@@ -1,6 +1,6 @@
 """The learning-rate groups of the published code."""
 
-HEADS = ("mlm_score", "itm_score", "vqa_classifier", "nlvr2_classifier", "snli_classifier")
+HEADS = ("mlm_score", "itm_score", "_classifier.")
 
 
 def published_role(name: str) -> str:

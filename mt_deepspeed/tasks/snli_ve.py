@@ -7,13 +7,13 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.objectives.classification import class_loss
 from mt_deepspeed.tasks.classification import (
     Batch,
-    ClassificationTask,
+    PairClassificationTask,
     accuracy_points,
     classifier_heads,
 )
 
 
-class SnliVETask(ClassificationTask):
+class SnliVETask(PairClassificationTask):
     """Three classes: 0 contradiction, 1 neutral, 2 entailment. The text is the hypothesis alone."""
 
     head_name, loss_name = "snli_classifier", "snli"

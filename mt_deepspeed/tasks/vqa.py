@@ -5,10 +5,10 @@ from torch import Tensor
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.objectives.classification import vqa_loss
-from mt_deepspeed.tasks.classification import Batch, ClassificationTask, classifier_heads
+from mt_deepspeed.tasks.classification import Batch, PairClassificationTask, classifier_heads
 
 
-class VQATask(ClassificationTask):
+class VQATask(PairClassificationTask):
     """Binary cross-entropy over the answers; the metric is the soft score of the likeliest one.
 
     The official accuracy compares with each nine of ten people's answers instead: `evaluation.vqa_accuracy`.

@@ -28,8 +28,10 @@ DATA: dict[str, tuple[str, tuple[str, ...]]] = {
     "snli_ve": ("snli", ("dev", "test")),
     "nlvr2": ("nlvr2", ("dev", "test1")),
     "retrieval": ("captions", ("val",)),
+    "cifar": ("cifar10", ("test",)),
+    "glue": ("glue", ("sst2-dev",)),
 }
-"""Task -> folder and evaluation splits; `train` is in each."""
+"""Task -> folder and evaluation splits; `train` is in each but GLUE's, and the last two are not written here."""
 
 
 def write_task_root(root: Path) -> Path:
@@ -81,7 +83,7 @@ def task_config(root: Path, task: str, run_dir: Path | str = "never-written", **
         },
         "data": {
             "root": str(root),
-            "train": [{"path": folder}],
+            "train": [{"path": folder, "splits": ["sst2-train" if task == "glue" else "train"]}],
             "eval": [{"path": folder, "splits": [split]} for split in splits],
             "tokenizer": "tokenizer",
             "max_text_len": 14,

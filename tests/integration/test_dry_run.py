@@ -34,6 +34,23 @@ def test_dry_run_of_fine_tuning(tmp_path: Path, task: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+ONE_TOWER = {
+    "cifar": ["classifier.num_answers=10"],
+    "glue": [
+        "glue.name=mnli",
+        "data.train=[{path: glue, splits: [mnli-train]}]",
+        "data.eval=[{path: glue, splits: [mnli-dev_matched]}, {path: glue, splits: [mnli-dev_mismatched]}]",
+    ],
+}
+
+
+@pytest.mark.parametrize("task", ONE_TOWER)
+def test_dry_run_of_one_tower(tmp_path: Path, task: str) -> None:
+    arguments = (tmp_path / "run", ROOT / "ds_configs" / "zero3.json", "quickstart", f"task={task}")
+    assert run_ranks(2, dry, *arguments, *ONE_TOWER[task]) == [Exit.FINISHED, Exit.FINISHED]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="cannot be split"):  # SystemExit inside a rank
         run_ranks(

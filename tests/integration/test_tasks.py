@@ -17,6 +17,7 @@ from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_
 from mt_deepspeed.scoring.classification import check_questions, classify, official_accuracy, vqa_answers
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.false_texts import FalseTextsTask
+from mt_deepspeed.tasks.nlvr2 import Nlvr2Task
 from mt_deepspeed.tasks.pretrain import PretrainTask
 from tests.helpers.ranks import run_ranks
 from tests.helpers.task_runs import ANSWERS, evaluate_run, task_config, train_run, write_task_root
@@ -102,6 +103,7 @@ def test_what_a_task_inherits(root: Path) -> None:
     before = load(root / "pretrain").task
     nlvr2 = task_config(root, "nlvr2", checkpoint=start)
     task = build_task(nlvr2)
+    assert isinstance(task, Nlvr2Task)
     (report,) = load_starting_weights(task, nlvr2)
     table, old = task.model.token_type_embeddings.weight, before.model.token_type_embeddings.weight
     assert torch.equal(table[:2], old)

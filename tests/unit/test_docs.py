@@ -94,7 +94,7 @@ def test_modules_exist(page: Path) -> None:
 def test_configuration_keys_exist(page: Path) -> None:
     sections = "|".join(field.name for field in dataclasses.fields(RunConfig))
     named = re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)(?![\w/(-])", prose(page))
-    files = {name for name in named if name.endswith((".md", ".py", ".png", ".txt", ".json", ".tsv"))}
+    files = {name for name in named if name.endswith((".md", ".py", ".png", ".txt", ".json", ".tsv", ".bin"))}
     assert not sorted(set(named) - files - set(config_keys()))
 
 

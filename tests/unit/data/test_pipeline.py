@@ -124,6 +124,7 @@ def test_batches_are_what_the_contract_says(root: Path) -> None:
         assert torch.equal(index[labels == 0], torch.arange(4, 4 + false_images))
         for row, sample in enumerate(batch["sample_ids"].tolist()):
             assert isinstance(stream._maker, BatchMaker)
+            assert stream._maker.tokenizer is not None
             ids = stream._maker.tokenizer.encode(captions[sample]).ids
             assert batch["text_ids"][row, : len(ids)].tolist() == ids.tolist()
     stream.close()

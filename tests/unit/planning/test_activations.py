@@ -38,7 +38,9 @@ def test_fake_tensors_count_as_real_ones(precision: str, checkpointing: int) -> 
         assert line.at(size) == pytest.approx(real, rel=tolerance), size
 
 
-@pytest.mark.parametrize("objective", ["vqa", "snli_ve", "nlvr2", "itc_itm", "false_texts", "three_way"])
+@pytest.mark.parametrize(
+    "objective", ["vqa", "snli_ve", "nlvr2", "cifar", "glue", "itc_itm", "false_texts", "three_way"]
+)
 def test_fine_tuning_tasks_count_as_real_ones(objective: str) -> None:
     if objective in ("itc_itm", "false_texts", "three_way"):
         run = task_config(Path("none"), "retrieval", retrieval={"objective": objective})

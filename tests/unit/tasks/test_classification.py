@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mt_deepspeed.config import RunConfig, from_dict, to_dict
 from mt_deepspeed.tasks import build_task
-from mt_deepspeed.tasks.classification import ClassificationTask, eval_set_names
+from mt_deepspeed.tasks.classification import PairClassificationTask, eval_set_names
 from tests.helpers.task_runs import NUM_ANSWERS, task_config
 
 
@@ -32,10 +32,10 @@ def batch_for(task: str, rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
     return batch | {"labels": torch.arange(rows) % (2 if task == "nlvr2" else 3)}
 
 
-def build(task: str, **changes: Any) -> ClassificationTask:
+def build(task: str, **changes: Any) -> PairClassificationTask:
     torch.manual_seed(0)
     built = build_task(task_config(Path("none"), task, **changes))
-    assert isinstance(built, ClassificationTask)
+    assert isinstance(built, PairClassificationTask)
     return built
 
 
