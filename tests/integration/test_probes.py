@@ -40,6 +40,7 @@ def settings(root: Path, name: str) -> RunConfig:
         data = {"train_transform": "clip", "eval_transform": "clip", "tokenizer": "never-read"}
         return task_config(root, "cifar", root / name, classifier={"num_answers": 10}, data=data, **changes)
     changes["data"] = {
+        "max_text_len": 30,
         "train": [{"path": "glue", "splits": [f"{name}-train"]}],
         "eval": [{"path": "glue", "splits": [split]} for split in GLUE[name]],
     }
@@ -85,8 +86,8 @@ def test_learned_and_the_same_on_any_number_of_ranks(root: Path) -> None:
     assert alone["mnli"]["predictions"].keys() == set(range(62))
     for found in run_ranks(3, evaluate_everything, root):
         for name, wanted in alone.items():
-            assert found[name]["predictions"] == pytest.approx(wanted["predictions"]), name
-            assert found[name]["metrics"] == pytest.approx(wanted["metrics"]), name
+            assert found[name]["predictions"] == pytest.approx(wanted["predictions"], rel=1e-4), name
+            assert found[name]["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4), name
 
 
 def by_command(place: Place, commands: list[list[str]]) -> list[dict[str, float]]:
@@ -102,7 +103,7 @@ def test_the_command_evaluates_runs_and_exports(root: Path, tmp_path: Path) -> N
         commands += [["--checkpoint", str(place / name), *data] for place in (root, tmp_path)]
     cifar, cifar_again, stsb, stsb_again = run_ranks(1, by_command, commands)[0]
     assert cifar_again == pytest.approx(cifar)
-    assert stsb_again == pytest.approx(stsb)
+    assert stsb_again == pytest.approx(stsb, rel=1e-4)
     assert cifar["accuracy"] > 0.9
     assert "spearman" in stsb
     assert load(root / "cifar").labels == tuple(f"class {i}" for i in range(10))
