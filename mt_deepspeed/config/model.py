@@ -86,6 +86,9 @@ class LinkConfig:
     layer_norm_eps: float = 1e-5
     noise: bool = True
     """Training only: N(0, 1/N^2) on every mixing logit, per element."""
+    expert_gain: float = 1.0
+    """Initial gain of the experts' layer norms in all managers but the first. Below 1 the previous cross-modal state
+    outweighs the experts at first, as it does in bridges, which lets narrow models learn sooner."""
     shared: bool = False
     """Bridges only: one bridge per modality for all cross-modal layers after the first."""
 

@@ -39,9 +39,9 @@ class _NormParameters(nn.Module):
     A call, and not attribute access, because ZeRO-3 gathers the parameters of modules that are called.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, gain: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), gain))
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,8 @@ class _Manager(nn.Module):
         self.softmax_temperature = nn.Parameter(
             torch.full((1,), float(link.temperature)), requires_grad=link.learnable_temperature
         )
-        self.LayerNorm = nn.ModuleList(_NormParameters(size) for _ in range(num_experts + num_previous))
+        gains = [link.expert_gain if num_previous else 1.0] * num_experts + [1.0] * num_previous
+        self.LayerNorm = nn.ModuleList(_NormParameters(size, gain) for gain in gains)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Gains and biases `[N + P, D]` of all layer norms, experts first."""

@@ -35,6 +35,7 @@ MAY_DIFFER = {
     "link.learnable_temperature",
     "link.learnable_weight",
     "link.noise",
+    "link.expert_gain",
     "init_std",
 }
 """Settings of a model that need not be those of the model it starts from: where weights come from, how training

@@ -99,3 +99,11 @@ def test_own_query_ignores_the_other_modality() -> None:
     first = manager(experts, previous, torch.randn(B, 3, D), None)
     assert torch.equal(first, manager(experts, previous, None, None))
     assert manager.linear_controller.in_features == D
+
+
+def test_expert_gain_weighs_experts_behind_a_previous_state_only() -> None:
+    link = LinkConfig(kind="aaue", expert_gain=0.25)
+    first = StaticManager(link, D, N, 0, all_previous=False, layer=0)
+    second = AdaptiveManager(link, D, N, own_query=True, layer=1)
+    assert first.affine()[0].mean(dim=1).tolist() == [1.0] * N
+    assert second.affine()[0].mean(dim=1).tolist() == [0.25] * N + [1.0]
