@@ -225,6 +225,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
+    @property
+    def reads_texts(self) -> bool:
+        """False for a vision tower alone, which needs no tokenizer."""
+        return TOWER_OF_TASK.get(self.task) != "vision"
+
     def __post_init__(self) -> None:
         token_types = self.model.cross_modal.num_token_types
         if self.task == "nlvr2" and token_types != 3:

@@ -20,13 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory
 
-from mt_deepspeed.config.run import (
-    TASKS_WITH_ANSWERS,
-    TOWER_OF_TASK,
-    DataConfig,
-    DatasetConfig,
-    RunConfig,
-)
+from mt_deepspeed.config.run import TASKS_WITH_ANSWERS, DataConfig, DatasetConfig, RunConfig
 from mt_deepspeed.data.collate import Batch, BatchMaker, Made, MicroBatch, Negatives
 from mt_deepspeed.data.corpus import Corpus, ReadAhead
 from mt_deepspeed.data.keyed import Purpose, keyed_bits
@@ -242,7 +236,7 @@ def prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tu
     if not training:
         _refuse_repeats(data.eval)
     tokenizer = None
-    if TOWER_OF_TASK.get(config.task) != "vision":
+    if config.reads_texts:
         tokenizer = load_tokenizer(data.tokenizer, data.root, data.max_text_len)
         _check_text(config, tokenizer.vocab_size, tokenizer.pad_id)
     negatives: Negatives | None = objectives.itm_negatives if training and pretraining else "dataset"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mt_deepspeed.config import RunConfig, from_dict, load_config, to_dict
-from mt_deepspeed.config.run import TASKS_WITH_ANSWERS, TOWER_OF_TASK
+from mt_deepspeed.config.run import TASKS_WITH_ANSWERS
 from mt_deepspeed.data.text import CaptionTokenizer, load_tokenizer
 from mt_deepspeed.engine.weights import choose_weights
 from mt_deepspeed.models.state_dicts import import_checkpoint, plain_state_dict
@@ -58,7 +58,7 @@ def save(pretrained: Pretrained, folder: str | Path) -> None:
     """Writes the exported folder; see the module docstring."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if _reads_texts(pretrained.config):
+    if pretrained.config.reads_texts:
         pretrained.tokenizer.save(folder)
     state = plain_state_dict(pretrained.task)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
@@ -137,10 +137,6 @@ def read_answers(folder: Path, config: RunConfig) -> list[str]:
 
 
 def _tokenizer(config: RunConfig, source: str, root: str | Path) -> CaptionTokenizer | None:
-    if not _reads_texts(config):
+    if not config.reads_texts:
         return None
     return load_tokenizer(source, root, config.data.max_text_len, special_in_text=True)
-
-
-def _reads_texts(config: RunConfig) -> bool:
-    return TOWER_OF_TASK.get(config.task) != "vision"

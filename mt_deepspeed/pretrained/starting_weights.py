@@ -64,7 +64,7 @@ def check_start(config: RunConfig) -> None:
     if wrong:
         shown = "; ".join(f"model.{key} is {own[key]}, there {other[key]}" for key in wrong)
         raise ValueError(f"checkpoint.init_from {folder}: another model: {shown}")
-    if tower == "vision":
+    if not config.reads_texts:
         return
     exported = (folder / "vocab.json").is_file()
     tokenizer, root = (str(folder.resolve()), ".") if exported else (source.data.tokenizer, source.data.root)

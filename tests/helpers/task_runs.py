@@ -1,10 +1,12 @@
 """Small runs of the fine-tuning tasks: data, configuration, training and evaluation in one process group."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mt_deepspeed.config import RunConfig, from_dict, to_dict
+from mt_deepspeed.data.collate import Batch
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.data.text import train_tokenizer
 from mt_deepspeed.engine.gather import gather_rows
@@ -139,6 +141,14 @@ def train_run(place: Place, config: RunConfig) -> dict[str, float]:
         lambda: load_starting_weights(task, config),
     )
     return result.metrics
+
+
+def training_batches(config: RunConfig, steps: int = 4) -> list[Batch]:
+    """The micro-batches of the first steps of a single process."""
+    stream = TrainStream(config, 0, 1)
+    found = list(itertools.chain.from_iterable(itertools.islice(stream.steps(0), steps)))
+    stream.close()
+    return found
 
 
 def evaluate_run(place: Place, run: Path, **data: Any) -> dict[str, Any]:

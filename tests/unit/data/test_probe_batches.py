@@ -1,6 +1,5 @@
 """Batches of tasks with one tower: pictures without texts, texts without pictures, and what is refused."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,12 @@ import torch
 
 from data_tools.cli import main
 from mt_deepspeed.config import ConfigError, RunConfig
-from mt_deepspeed.data.collate import Batch
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches, eval_sample_ids
 from mt_deepspeed.data.shards import ShardReadError
 from mt_deepspeed.data.text import load_tokenizer, train_tokenizer
 from tests.helpers.datasets import VOCABULARY, write_dataset
 from tests.helpers.probe_files import glue_samples, write_cifar10, write_glue
-from tests.helpers.task_runs import task_config
+from tests.helpers.task_runs import task_config, training_batches
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +39,6 @@ def glue(root: Path, name: str, *dev: str, **data: Any) -> RunConfig:
     train = [{"path": "glue", "splits": [f"{name}-train"]}]
     changes = {"train": train, "eval": sets, "max_text_len": 30, **data}
     return task_config(root, "glue", glue={"name": name}, data=changes)
-
-
-def training_batches(config: RunConfig, steps: int = 3) -> list[Batch]:
-    stream = TrainStream(config, 0, 1)
-    found = list(itertools.chain.from_iterable(itertools.islice(stream.steps(0), steps)))
-    stream.close()
-    return found
 
 
 def test_cifar_has_pictures_and_no_texts(root: Path) -> None:

@@ -1,6 +1,5 @@
 """Batches of the fine-tuning tasks: labels, second images, false texts, and what is wrong with the data."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from mt_deepspeed.config import RunConfig
-from mt_deepspeed.data.collate import Batch
 from mt_deepspeed.data.corpus import Corpus
 from mt_deepspeed.data.images import decode_image
 from mt_deepspeed.data.pipeline import (
@@ -23,19 +21,12 @@ from mt_deepspeed.data.task_batches import SCHEMA_OF_TASK
 from mt_deepspeed.data.transforms import ImageTransform
 from tests.helpers.datasets import make_rows, write_dataset
 from tests.helpers.task_datasets import entailment_rows, nlvr2_rows, vqa_rows
-from tests.helpers.task_runs import ANSWERS, NUM_ANSWERS, task_config, write_task_root
+from tests.helpers.task_runs import ANSWERS, NUM_ANSWERS, task_config, training_batches, write_task_root
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task_root(tmp_path_factory.mktemp("tasks"))
-
-
-def training_batches(config: RunConfig, steps: int = 4) -> list[Batch]:
-    stream = TrainStream(config, 0, 1)
-    found = list(itertools.chain.from_iterable(itertools.islice(stream.steps(0), steps)))
-    stream.close()
-    return found
 
 
 def corpus(config: RunConfig) -> Corpus:
