@@ -128,9 +128,15 @@ def _cross_modal(
     ):
         own, context = block.self, hidden if context is None else context
         mixed = _attend(own.query(hidden), own.key(context), own.value(context), mask, own, own.dropout)
-        hidden = block.output(mixed, hidden)
-    result: Tensor = layer.output(layer.intermediate(hidden), hidden)
-    return result
+        hidden = _close(block.output, mixed, hidden)
+    return _close(layer.output, layer.intermediate(hidden), hidden)
+
+
+def _close(output: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """`Output` with torch's dropout."""
+    x = F.dropout(output.dense(x), output.dropout, output.training)
+    normed: Tensor = output.LayerNorm(residual + x)
+    return normed
 
 
 def _manage(

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mt_deepspeed.config.model import CrossModalConfig
+from mt_deepspeed.models.dropout import attention, dropout
 
 
 class Attention(nn.Module):
@@ -29,8 +29,7 @@ class Attention(nn.Module):
         """Attends from `hidden` to `context`; `attend` is None or bool, broadcastable to `[B, H, L, K]`."""
         query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
         value = self._split(self.value(context_BKD))
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
+        mixed = attention(query, key, value, attend, self.dropout if self.training else 0.0)
         return mixed.transpose(1, 2).flatten(2)
 
     def weights(self, query_BLD: Tensor, key_BKD: Tensor, attend: Tensor | None) -> Tensor:
@@ -53,11 +52,12 @@ class Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_size, hidden_size)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Same shape as `residual`."""
-        normed: Tensor = self.LayerNorm(residual + self.dropout(self.dense(x)))
+        x = self.dense(x)
+        normed: Tensor = self.LayerNorm(residual + (dropout(x, self.dropout) if self.training else x))
         return normed
 
 

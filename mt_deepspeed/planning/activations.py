@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.precision import DTYPES
 from mt_deepspeed.kernels.manager_aggregation import using
+from mt_deepspeed.models.dropout import attention, dropout
 from mt_deepspeed.tasks import Ranks, build_task
 
 SIZES = (4, 12)
@@ -172,9 +173,9 @@ class _AsOnGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention or func is attention:
             return self._attention(*args, **kwargs)
-        if func is F.dropout:
+        if func is F.dropout or func is dropout:
             return _dropout(*args, **kwargs)
         if func is F.layer_norm:
             args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
