@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mt_deepspeed.config.model import CrossModalConfig
-from mt_deepspeed.models.dropout import attention, dropout
+from mt_deepspeed.models.attention import attention, dropout
 
 
 class Attention(nn.Module):
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         """Attends from `hidden` to `context`; `attend` is None or bool, broadcastable to `[B, H, L, K]`."""
         query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
         value = self._split(self.value(context_BKD))
-        mixed = attention(query, key, value, attend, self.dropout if self.training else 0.0)
+        mixed = attention(query, key, value, attend, self.dropout, self.training)
         return mixed.transpose(1, 2).flatten(2)
 
     def weights(self, query_BLD: Tensor, key_BKD: Tensor, attend: Tensor | None) -> Tensor:
@@ -56,8 +56,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Same shape as `residual`."""
-        x = self.dense(x)
-        normed: Tensor = self.LayerNorm(residual + (dropout(x, self.dropout) if self.training else x))
+        normed: Tensor = self.LayerNorm(residual + dropout(self.dense(x), self.dropout, self.training))
         return normed
 
 

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerNorm, VisionTransformer
+from open_clip.transformer import Attention, LayerNorm, VisionTransformer
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import VisionTowerConfig
+from mt_deepspeed.models.attention import attention
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -54,6 +55,20 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
+class SelfAttention(Attention):
+    """open_clip's attention, with its parameters, around our own operator."""
+
+    def forward(self, hidden_BPD: Tensor, attn_mask: None = None) -> Tensor:
+        """Same shape; a mask is never given."""
+        joint = F.linear(hidden_BPD, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in joint.chunk(3, dim=-1)
+        )
+        mixed = attention(query, key, value, None, 0.0, self.training)
+        result: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
 class _Visual(VisionTransformer):
     """open_clip's transformer without the projection, returning all block outputs."""
 
@@ -68,10 +83,12 @@ class _Visual(VisionTransformer):
             output_dim=1,
             act_layer=QuickGELU if config.hidden_act == "quick_gelu" else nn.GELU,
             norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
-            # Same maths and names as the default block, but its output projection is called as a module,
-            # which ZeRO-3 needs to gather it in evaluation too.
+            # Same maths and names as the default block, whose attention cannot be replaced and does not call its
+            # output projection as a module, which ZeRO-3 needs to gather it in evaluation too.
             block_type="custom",
         )
+        for block in self.transformer.resblocks:
+            block.attn = SelfAttention(config.width, config.num_heads)
         self.proj = None  # CLIP's projection takes no part in the two-tower model
 
     def forward(self, pixels: Tensor, num_states: int) -> list[Tensor]:
