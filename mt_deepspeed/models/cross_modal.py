@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mt_deepspeed.config.model import CrossModalConfig
-from mt_deepspeed.models.attention import attention, dropout
+from mt_deepspeed.kernels.attention import attention, dropout
 
 
 class Attention(nn.Module):

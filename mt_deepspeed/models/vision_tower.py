@@ -11,7 +11,7 @@ from open_clip.transformer import Attention, LayerNorm, VisionTransformer
 from torch import Tensor, nn
 
 from mt_deepspeed.config.model import VisionTowerConfig
-from mt_deepspeed.models.attention import attention
+from mt_deepspeed.kernels.attention import attention
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

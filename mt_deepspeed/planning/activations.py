@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine.precision import DTYPES
+from mt_deepspeed.kernels.attention import attention, dropout
 from mt_deepspeed.kernels.manager_aggregation import using
-from mt_deepspeed.models.attention import attention, dropout
 from mt_deepspeed.tasks import Ranks, build_task
 
 SIZES = (4, 12)

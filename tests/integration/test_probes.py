@@ -1,18 +1,21 @@
 """CIFAR and GLUE from raw files: converted, learned by one tower of a pre-trained model, evaluated on any ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_tools.cli import main
 from mt_deepspeed import evaluate as command
-from mt_deepspeed.config import RunConfig
+from mt_deepspeed.config import CheckpointConfig, RunConfig
 from mt_deepspeed.data.text import train_tokenizer
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.export import export
 from mt_deepspeed.pretrained.loading import load
-from mt_deepspeed.pretrained.starting_weights import check_start
+from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
+from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import VOCABULARY, make_rows, write_dataset
 from tests.helpers.probe_files import glue_samples, write_cifar10, write_glue
 from tests.helpers.ranks import run_ranks
@@ -117,3 +120,20 @@ def test_only_the_own_tower_must_be_that_of_the_start(root: Path) -> None:
     check_start(task_config(root, "glue", **other_vision))
     with pytest.raises(ValueError, match=r"model\.vision\.num_heads is 4, there 2"):
         check_start(task_config(root, "cifar", **other_vision))
+
+
+@pytest.mark.parametrize("name", ["cifar", "stsb"])
+def test_an_exported_model_starts_a_probe_as_its_run_does(root: Path, tmp_path: Path, name: str) -> None:
+    export(load(root / "pretrain"), tmp_path / "exported")
+    towers = []
+    for start in (root / "pretrain", tmp_path / "exported"):
+        config = replace(settings(root, name), checkpoint=CheckpointConfig(init_from=str(start)))
+        check_start(config)
+        task: Any = build_task(config)
+        drawn = {key: value.clone() for key, value in task.model.state_dict().items()}
+        load_starting_weights(task, config)
+        towers.append(task.model.state_dict())
+        assert any(not torch.equal(value, drawn[key]) for key, value in towers[-1].items())
+    from_run, from_export = towers
+    assert from_run.keys() == from_export.keys()
+    assert all(torch.equal(value, from_export[key]) for key, value in from_run.items())

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mt_deepspeed.models.attention import attention, dropout
+from mt_deepspeed.kernels.attention import attention, dropout
 
 
 def kept(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
