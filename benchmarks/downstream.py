@@ -1,13 +1,14 @@
 """Fine-tunes every task on the synthetic world: from a pre-trained model, from scratch, and blind.
 
     python -m benchmarks.downstream --shards DIR --pretrained quickstart/model-short-seed0 \
-        [--tasks vqa snli-ve nlvr2 retrieval] [--seeds 0 1 2] [--ways pretrained scratch text_only image_only]
+        [--tasks vqa snli-ve nlvr2 retrieval false-texts] [--seeds 0 1 2] \
+        [--ways pretrained scratch text_only image_only]
 
 DIR holds the shards `vqav2`, `snli_ve`, `nlvr2` and `flickr30k` (docs/tasks.md says how to make them) and the
-tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>`; its last checkpoint, chosen by
-nothing, is measured on pictures that no training has seen. Blind runs start from the pre-trained model too:
-`text_only` sees the same grey for every picture, `image_only` an empty text, in training and in evaluation.
-Retrieval needs none: a ranking that does not depend on the query is chance. Chance is the best constant answer; for
+tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>`, `false-texts` that of retrieval with
+the other objective; its last checkpoint, chosen by nothing, is measured on pictures that no training has seen. Blind
+runs start from the pre-trained model too: `text_only` sees the same grey for every picture, `image_only` an empty
+text, in training and in evaluation. Retrieval needs none: a ranking that does not depend on the query is chance. Chance is the best constant answer; for
 retrieval, a draw among the pictures or texts.
 
 Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row (task, way, seed and number of
@@ -48,8 +49,9 @@ Batch = dict[str, Tensor]
 
 FILE = RESULTS / "downstream.csv"
 DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero0.json"
-TESTED = {"vqa": "val", "snli-ve": "test", "nlvr2": "test1", "retrieval": "test"}
-METRIC = {"vqa": "vqa_score", "snli-ve": "accuracy", "nlvr2": "accuracy", "retrieval": "r_mean"}
+TESTED = {"vqa": "val", "snli-ve": "test", "nlvr2": "test1", "retrieval": "test", "false-texts": "test"}
+RANKED = ("retrieval", "false-texts")
+METRIC = {"vqa": "vqa_score", "snli-ve": "accuracy", "nlvr2": "accuracy"} | dict.fromkeys(RANKED, "r_mean")
 WAYS = ("pretrained", "scratch", "text_only", "image_only")
 BLIND = WAYS[2:]
 
@@ -99,7 +101,7 @@ def one_run(place: Place, config: RunConfig, task: str, way: str) -> tuple[float
     last = load(max(Path(config.run_dir, "checkpoints").glob("step-*")))
     split = DatasetConfig(path=config.data.eval[0].path, splits=(TESTED[task],))
     tested = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(split,)))
-    if task == "retrieval":
+    if task in RANKED:
         texts_per_image = RetrievalItems(tested, 0, 1).image_of_text.bincount()
         return retrieve(last, tested, place)[METRIC[task]], mean_recall_by_chance(texts_per_image)
     batches = list(eval_batches(tested, 0, 1, max_samples=0))
@@ -153,13 +155,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def settled(task: str, settings: list[str]) -> RunConfig:
+    """The run of a task with further settings."""
+    if task == "false-texts":
+        return load_config("quickstart-retrieval", (), ["retrieval.objective=false_texts", *settings])
+    return load_config(f"quickstart-{task}", (), settings)
+
+
 def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: int) -> None:
     """One run and its row."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"data.root={args.shards.resolve()}", f"run_dir={folder}", f"train.seed={seed}"]
         if way != "scratch":
             settings.append(f"checkpoint.init_from={args.pretrained.resolve()}")
-        config = load_config(f"quickstart-{task}", (), [*settings, *args.set])
+        config = settled(task, [*settings, *args.set])
         started = time.process_time()
         value, chance = one_run(place, config, task, way)
         row = {
@@ -181,14 +190,12 @@ def measure_all(place: Place, args: argparse.Namespace) -> None:
     """All runs that have no row yet: seed by seed, so that a job that is cut short leaves whole tables."""
     done = measured(FILE, ("task", "way", "seed", "steps"))
     root = f"data.root={args.shards.resolve()}"
-    steps = {
-        task: load_config(f"quickstart-{task}", (), [root, *args.set]).train.max_steps for task in args.tasks
-    }
+    steps = {task: settled(task, [root, *args.set]).train.max_steps for task in args.tasks}
     for seed in args.seeds:
         for task in args.tasks:
             for way in args.ways:
                 row = (task, way, str(seed), str(steps[task]))
-                if row not in done and not (task == "retrieval" and way in BLIND):
+                if row not in done and not (task in RANKED and way in BLIND):
                     measure(place, args, task, way, seed)
     print(table())
 

@@ -16,36 +16,25 @@ Runs on one process, or on many under the `deepspeed` launcher or `srun`; every 
 import argparse
 import dataclasses
 import json
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from mt_deepspeed.config import DatasetConfig, RunConfig
-from mt_deepspeed.data.pipeline import eval_batches
-from mt_deepspeed.data.text import CaptionTokenizer
 from mt_deepspeed.engine import launch
-from mt_deepspeed.engine.evaluate import evaluate_task, reduce_report
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.engine.precision import autocast
-from mt_deepspeed.engine.runner import add_reports, to_device
-from mt_deepspeed.evaluation.visual_words import majority_share, mask_one_visual_word, visual_word_report
 from mt_deepspeed.evaluation.vqa_accuracy import write_submission
 from mt_deepspeed.pretrained.loading import Pretrained, load
 from mt_deepspeed.scoring.classification import (
+    Classified,
     check_questions,
+    check_vqa_files,
     classify,
     official_accuracy,
     vqa_answers,
 )
+from mt_deepspeed.scoring.pretraining import evaluate_pretrained
 from mt_deepspeed.scoring.retrieval import RetrievalOptions, retrieve
-from mt_deepspeed.tasks.pretrain import PretrainTask
-
-Batch = dict[str, Tensor]
 
 LONGEST_S = 24 * 3600.0
 """That ranks with little to score may wait for others; the launcher ends all when one dies."""
@@ -65,12 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
         for name, value in metrics.items():
             print(f"{name:40} {value:.4f}")
         if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
 
 
 def figures(place: Place, args: argparse.Namespace) -> dict[str, float]:
     """What the command line asks for; call on all ranks."""
+    _check_files(args)
     pretrained = load(args.checkpoint, place.device)
     config = _config(pretrained.config, args)
     _refuse_unused(config, args)
@@ -82,22 +71,60 @@ def figures(place: Place, args: argparse.Namespace) -> dict[str, float]:
     classified = classify(pretrained, config, place, args.max_samples, labelled=measured)
     metrics = classified.metrics
     if config.task == "vqa":
-        answers = vqa_answers(pretrained, classified)
-        if args.annotations is not None:
-            metrics |= official_accuracy(answers, args.annotations, pretrained.answers)
-        if args.questions is not None:
-            check_questions(answers, args.questions)
-        if args.predictions is not None and place.rank == 0:
-            write_submission(answers, args.predictions)
+        metrics |= _vqa_figures(pretrained, classified, place, args)
     elif args.predictions is not None and place.rank == 0:
-        args.predictions.parent.mkdir(parents=True, exist_ok=True)
         args.predictions.write_text(json.dumps(classified.predictions, indent=0) + "\n", "utf-8")
     return dict(sorted(metrics.items()))
 
 
+def _vqa_figures(
+    pretrained: Pretrained, classified: Classified, place: Place, args: argparse.Namespace
+) -> dict[str, float]:
+    """The official accuracy; the submission gets its name when it is known to be complete."""
+    answers = vqa_answers(pretrained, classified)
+    unchecked = (
+        None if args.predictions is None else args.predictions.with_name(args.predictions.name + ".unchecked")
+    )
+    if unchecked is not None and place.rank == 0:
+        write_submission(answers, unchecked)
+    try:
+        if args.questions is not None:
+            check_questions(answers, args.questions)
+        metrics = {}
+        if args.annotations is not None:
+            metrics = official_accuracy(answers, args.annotations, pretrained.answers)
+    except ValueError as error:
+        kept = "" if unchecked is None else f"; the predictions are in {unchecked}"
+        raise ValueError(f"{error}{kept}") from error
+    if unchecked is not None and place.rank == 0:
+        unchecked.replace(args.predictions)
+    return metrics
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Looks at the files of the command line before anything is computed.
+
+    Raises:
+        ValueError: One cannot be read, is of another kind, or cannot be written.
+    """
+    check_vqa_files(args.questions, args.annotations)
+    for path in (args.out, args.predictions):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
+
+
 def _refuse_unused(config: RunConfig, args: argparse.Namespace) -> None:
     ranks = config.task == "retrieval" or args.retrieval
+    complete = args.annotations is not None or args.questions is not None
     for flag, given, fits in (
+        ("--max-samples", args.max_samples, not ranks and not complete),
+        ("--visual-words", args.visual_words, config.task == "pretrain" and not ranks),
         ("--top-k", args.top_k, ranks),
         ("--keep", args.keep, ranks),
         ("--predictions", args.predictions, not ranks and config.task != "pretrain"),
@@ -105,91 +132,20 @@ def _refuse_unused(config: RunConfig, args: argparse.Namespace) -> None:
         ("--questions", args.questions, config.task == "vqa"),
     ):
         if given and not fits:
-            raise ValueError(f"{flag}: has no meaning for a model of task {config.task}; leave it out")
-
-
-def evaluate_pretrained(
-    pretrained: Pretrained, config: RunConfig, place: Place, visual_words: Path | None, max_samples: int
-) -> dict[str, float]:
-    """All figures, by name; call on all ranks.
-
-    Args:
-        pretrained: The model, on `place.device`.
-        config: Says which data (`data.eval`) and which batch size (`train.micro_batch_size`).
-        place: This rank.
-        visual_words: JSON file class -> words; None: leave these figures out.
-        max_samples: Pairs, spread evenly; 0: all.
-    """
-
-    def batches() -> Iterator[Batch]:
-        return eval_batches(config, place.rank, place.world_size, max_samples)
-
-    metrics = evaluate_task(pretrained.task, batches(), place, config.train.precision)
-    if visual_words is not None and isinstance(pretrained.task, PretrainTask) and pretrained.task.has_mlm:
-        classes = token_classes(visual_words, pretrained.tokenizer)
-        metrics |= _visual_figures(pretrained, batches(), classes, place, config.train.precision)
-    return dict(sorted(metrics.items()))
-
-
-def token_classes(visual_words: Path, tokenizer: CaptionTokenizer) -> dict[int, str]:
-    """Token id -> class of every visual word that is a single token, at a text's start or behind a space.
-
-    Raises:
-        ValueError: The file is not such a JSON, or none of its words is a single token.
-    """
-    try:
-        classes = json.loads(visual_words.read_text("utf-8"))
-        pairs = [(word, name) for name, words in classes.items() for word in words]
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f'--visual-words {visual_words}: expected JSON {{"class": ["word", ...]}}: {error}'
-        ) from error
-    found = {}
-    for word, name in pairs:
-        for text in (word, f"a {word}"):
-            ids = tokenizer.encode(text).ids.tolist()
-            if len(ids) == len(text.split()) + 2:
-                found[ids[-2]] = name
-    if not found:
-        raise ValueError(
-            f"--visual-words {visual_words}: no word is a single token of this model's tokenizer"
-        )
-    return found
-
-
-def _visual_figures(
-    pretrained: Pretrained, batches: Iterator[Batch], classes: dict[int, str], place: Place, precision: str
-) -> dict[str, float]:
-    task, mask_id = pretrained.task, pretrained.tokenizer.mask_id
-    assert isinstance(task, PretrainTask)
-    total: dict[str, Tensor] = {}
-    asked: Counter[int] = Counter()
-    task.eval()
-    with torch.no_grad(), autocast(precision, place.device):
-        for batch in batches:
-            if len(batch["text_ids"]) == 0:
-                continue
-            _, chosen = mask_one_visual_word(batch["text_ids"], classes, mask_id, batch["sample_ids"])
-            asked.update(batch["text_ids"][chosen].tolist())
-            on_device = to_device(batch, place.device)
-            add_reports(total, visual_word_report(task.fill_masks, on_device, classes, mask_id))
-    metrics = reduce_report(total, place.device)
-    return {**metrics, "visual_chance": majority_share(_of_all_ranks(asked), classes)}
-
-
-def _of_all_ranks(counts: Counter[int]) -> Counter[int]:
-    found: list[Counter[int]] = [Counter() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, counts)
-    return sum(found, Counter())
+            rest = " with --annotations or --questions" if flag == "--max-samples" and complete else ""
+            raise ValueError(f"{flag}: has no meaning for a model of task {config.task}{rest}; leave it out")
 
 
 def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """The run's configuration with the data of the command line."""
     data = config.data
-    if args.shards is not None:
-        path = str(args.shards.resolve())
-        chosen = tuple(DatasetConfig(path=path, splits=(split,)) for split in args.splits)
-        data = dataclasses.replace(data, eval=chosen)
+    if args.shards is not None or args.splits is not None:
+        paths = [one.path for one in data.eval] if args.shards is None else [str(args.shards.resolve())]
+        splits = args.splits or ["val"]
+        chosen = [
+            DatasetConfig(path=path, splits=(split,)) for path in dict.fromkeys(paths) for split in splits
+        ]
+        data = dataclasses.replace(data, eval=tuple(chosen))
     if not data.eval:
         raise ValueError(
             "no evaluation data: the model's configuration names none (data.eval); pass --shards DIR"
@@ -211,7 +167,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or exported model")
     parser.add_argument("--shards", type=Path, help="shard folder; default: the run's data.eval")
-    parser.add_argument("--splits", nargs="+", default=["val"], help="splits of --shards (default: val)")
+    parser.add_argument(
+        "--splits", nargs="+", help="default: val of --shards; without that those of the run's data.eval"
+    )
     parser.add_argument(
         "--visual-words", type=Path, help="JSON file: class -> words that only a picture tells"
     )
@@ -247,7 +205,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--max-samples", args.max_samples, 0)):
+        if value < least:
+            parser.error(f"{flag} {value}: expected at least {least}")
+    return args
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _predict(args: argparse.Namespace) -> int:
         model = load(args.model, args.device)
         model.need(args.what)
         top = getattr(args, "top", 1)
-        return _write(ask(model, args.what, questions, top, args.batch_size), args.out)
+        return _write(args.what, ask(model, args.what, questions, top, args.batch_size), args.out)
     texts = list(args.text or [])
     if args.input is not None:
         texts += read_rows(args.input, text_of)
@@ -74,7 +74,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.what == "embed":
         return write_embeddings(model, batches(model, pictures, args.batch_size), texts, args.out)
     model.need("rank")
-    return _write(rank(model, texts, pictures, args.by, args.top, args.batch_size), args.out)
+    return _write("rank", rank(model, texts, pictures, args.by, args.top, args.batch_size), args.out)
 
 
 def _questions(args: argparse.Namespace) -> list[Question]:
@@ -128,8 +128,7 @@ def ask(
             stacked = torch.stack([one for one in ordered if isinstance(one, Tensor)])
             found = _asked(model, what, stacked, [rows[i].text for i in good], top)
             for i, result in zip(good, found, strict=True):
-                given = {key: value for key, value in rows[i].given.items() if key != "error"}
-                results[i] = {**given, **result}
+                results[i] = {**rows[i].given, **result}
         yield from results
 
 
@@ -187,40 +186,46 @@ def rank(
     yield from failed
 
 
-def _write(results: Iterator[Result], out: Path | None) -> int:
-    """Writes JSON lines as they come, or a table at the end; returns how many rows failed."""
+def _write(what: str, results: Iterator[Result], out: Path | None) -> int:
+    """Writes JSON lines as they come, or a table at the end; returns how many rows failed.
+
+    The file has the suffix `.part` until it is complete.
+    """
     failed = 0
     rows: list[tuple[str, str, str]] = []
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if out is None else out.open("w", encoding="utf-8") as file:
+    part = None if out is None else out.with_name(out.name + ".part")
+    if part is not None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if part is None else part.open("w", encoding="utf-8") as file:
         for result in results:
             failed += "error" in result
             if file is None:
-                rows += _table_rows(result)
+                rows += _table_rows(what, result)
             else:
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
-    if out is None:
+    if part is not None and out is not None:
+        part.replace(out)
+    else:
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         for image, text, shown in rows:
             print(f"{image:{widths[0]}}  {text:{widths[1]}}  {shown}".rstrip())
     return failed
 
 
-def _table_rows(result: Result) -> list[tuple[str, str, str]]:
+def _table_rows(what: str, result: Result) -> list[tuple[str, str, str]]:
     """Picture, text and what was found; a mask or a ranked picture each has a line."""
     images = result.get("image", "")
     image = ", ".join(Path(one).name for one in ([images] if isinstance(images, str) else images))
     text = result.get("text", "")
     if "error" in result:
         return [(image, text, f"error: {result['error']}")]
-    if "images" in result:
+    if what == "rank" and "images" in result:
         return [(Path(one["image"]).name, text, f"{one['score']:.3f}") for one in result["images"]]
-    if "texts" in result:
+    if what == "rank":
         return [(image, one["text"], f"{one['score']:.3f}") for one in result["texts"]]
-    if "probabilities" in result:
+    if what in ("entail", "compare"):
         return [(image, text, _shown(result["probabilities"].items()))]
-    if "answers" in result:
+    if what == "answer":
         return [(image, text, _shown((one["answer"], one["probability"]) for one in result["answers"]))]
     return [
         (image, text, _shown((one["word"], one["probability"]) for one in mask)) for mask in result["masks"]

@@ -47,6 +47,11 @@ def decode_image(data: NDArray[np.uint8], smallest_side: int | None = None) -> T
         raise ValueError("cannot decode image: no known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode image: {error}") from error
+    return from_pillow(image)
+
+
+def from_pillow(image: Image.Image) -> Tensor:
+    """A picture as `decode_image` gives that of its file: upright RGB, [3, height, width] uint8."""
     return to_tensor(_to_rgb(_upright(image)))
 
 

@@ -246,6 +246,13 @@ def prepare(config: RunConfig, rank: int, world_size: int, training: bool) -> tu
         raise ValueError("objectives.itm_negatives in_batch needs train.micro_batch_size >= 2")
     elif negatives == "dataset" and min(dataset.num_rows for dataset in corpus.datasets) < 2:
         raise ValueError("ITM needs at least two images in every data set to draw negatives from")
+    if config.task == "retrieval" and config.retrieval.objective == "false_texts":
+        for dataset in corpus.datasets:
+            if len(dataset.first_pairs()) < 2:
+                raise ValueError(
+                    f"{key}: {dataset.folder}: false texts are drawn from other images of a data set, and fewer than "
+                    "two have a text here"
+                )
     corpus.check(rank, world_size)
     name = data.train_transform if training else data.eval_transform
     padded = data.padding == "max_length" or (config.task == "retrieval" and world_size > 1)

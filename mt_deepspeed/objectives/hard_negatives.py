@@ -21,13 +21,15 @@ def draw_negatives(
 ) -> Tensor:
     """One negative column per row.
 
-    Rows whose weights all vanish draw uniformly from their negatives; the published code adds 1e-5 to every
-    column there, which may draw a positive. A row without a negative draws any column.
+    Rows whose weights all vanish, or are not numbers, draw uniformly from their negatives; the published code
+    adds 1e-5 to every column there, which may draw a positive. A row without a negative draws any column.
 
     Returns:
         int64 `[B]`.
     """
     negatives = ~positives_BG | positives_BG.all(dim=1, keepdim=True)
-    empty = weights_BG.sum(dim=1, keepdim=True) <= 0
+    empty = ~(
+        weights_BG.sum(dim=1, keepdim=True) > 0
+    )  # also nan: the loss will tell, and the step is skipped
     weights = torch.where(empty, negatives.to(weights_BG.dtype), weights_BG)
     return torch.multinomial(weights, 1, generator=generator)[:, 0]

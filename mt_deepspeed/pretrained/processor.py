@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mt_deepspeed.config import DataConfig
 from mt_deepspeed.data.collate import tokens_and_mask
-from mt_deepspeed.data.images import decode_image, to_tensor
+from mt_deepspeed.data.images import decode_image, from_pillow
 from mt_deepspeed.data.text import MASK_TOKEN, CaptionTokenizer
 from mt_deepspeed.data.transforms import ImageTransform
 
@@ -60,7 +60,7 @@ class Processor:
     def _one(self, image: Picture) -> Tensor:
         generator = np.random.default_rng(0)  # evaluation transforms draw nothing from it
         if isinstance(image, Image.Image):
-            return self.transform(to_tensor(image.convert("RGB")), generator)
+            return self.transform(from_pillow(image), generator)
         try:
             return self.transform(decode_image(np.fromfile(image, dtype=np.uint8)), generator)
         except ValueError as error:

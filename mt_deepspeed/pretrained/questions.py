@@ -10,6 +10,14 @@ SHOWN = 20
 """Wrong rows named in one error."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+RESULTS = {
+    "fill-mask": ("masks", "error"),
+    "answer": ("answers", "error"),
+    "entail": ("label", "probabilities", "error"),
+    "compare": ("label", "probabilities", "error"),
+}
+"""Keys that results add to a row."""
+
 T = TypeVar("T")
 
 
@@ -32,9 +40,13 @@ def question(row: Any, ability: str, folder: Path) -> Question:
         folder: Where relative picture files start.
 
     Raises:
-        ValueError: A key is missing or of another kind, a picture file is not there, or a text lacks its `<mask>`.
+        ValueError: A key is missing, of another kind or has the name of a result, a picture file is not there, or
+            a text lacks its `<mask>`.
     """
     text = text_of(row)
+    for key in RESULTS[ability]:
+        if key in row:
+            raise ValueError(f"{key}: {ability} writes its result under this name; rename the row's own")
     files = row.get("image")
     count = 2 if ability == "compare" else 1
     wanted = "a list of two files, left and right" if count == 2 else "a file"
@@ -64,6 +76,13 @@ def text_of(row: Any) -> str:
     return text
 
 
+def _parsed(line: bytes) -> Any:
+    """A line of JSON whose strings can all be written again: half a surrogate pair could not."""
+    row = json.loads(line)
+    json.dumps(row, ensure_ascii=False).encode()
+    return row
+
+
 def read_rows(file: Path, check: Callable[[Any], T]) -> list[T]:
     """Every row of a JSONL file, checked; empty lines are passed over.
 
@@ -73,14 +92,16 @@ def read_rows(file: Path, check: Callable[[Any], T]) -> list[T]:
     """
     rows: list[T] = []
     wrong: list[str] = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(check(json.loads(line)))
+                rows.append(check(_parsed(line)))
             except json.JSONDecodeError as error:
                 wrong.append(f"{file}:{number}: not JSON: {error}")
+            except UnicodeError as error:
+                wrong.append(f"{file}:{number}: not UTF-8: {error}")
             except ValueError as error:
                 wrong.append(f"{file}:{number}: {error}")
     if wrong:

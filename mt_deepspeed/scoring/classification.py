@@ -127,14 +127,34 @@ def official_accuracy(
     return vqa_accuracy(predictions, _asked(annotations), answers, normal_answer)
 
 
+def check_vqa_files(questions: Path | None, annotations: Path | None) -> None:
+    """Reads the first entry of each, to tell a wrong file before anything is computed.
+
+    Raises:
+        ValueError: It cannot be read, or is another kind of file.
+    """
+    if questions is not None:
+        next(_question_ids(questions), None)
+    if annotations is not None:
+        next(_asked(annotations), None)
+
+
 def check_questions(predictions: Mapping[int, str], questions: Path) -> None:
     """Checks that predictions cover a VQA question file exactly.
 
     Raises:
         ValueError: They do not, or the file is none.
     """
-    wanted = {int(entry["question_id"]) for _, entry in entries(questions, "questions")}
+    wanted = set(_question_ids(questions))
     refuse_partial(sorted(wanted - predictions.keys()), sorted(predictions.keys() - wanted))
+
+
+def _question_ids(questions: Path) -> Iterator[int]:
+    for where, entry in entries(questions, "questions"):
+        try:
+            yield int(entry["question_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: expected question_id: {error!r}") from error
 
 
 def _asked(annotations: Path) -> Iterator[Asked]:

@@ -183,6 +183,11 @@ def _shortlist(states: States, top_k: int) -> Tensor:
     """
     assert states.text_features is not None
     assert states.image_features is not None
+    if not bool(states.text_features.isfinite().all() and states.image_features.isfinite().all()):
+        raise ValueError(
+            "contrastive embeddings are not numbers: the model's weights are damaged, or they overflow; try "
+            "--precision fp32"
+        )
     gathered: list[Tensor] = [states.image_features] * dist.get_world_size()
     dist.all_gather_object(gathered, states.image_features)
     first = sum(len(part) for part in gathered[: dist.get_rank()])

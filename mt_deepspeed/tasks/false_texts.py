@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead, attach_heads
+from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.partition import whole
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
+from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch, noise_ids, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
@@ -36,6 +39,7 @@ class FalseTextsTask(nn.Module):
         attach_heads(self, config.model, HeadsConfig(itm=True, rank=True))
         self.itm_score.requires_grad_(False)
         self.loss_weights = {"irtr": 1.0, "itm": 1.0}
+        self._pictures: dict[str, Tensor] = {}
         self._text_len = 0
 
     @torch.no_grad()
@@ -55,6 +59,9 @@ class FalseTextsTask(nn.Module):
             batch: `pixels [B+F,3,S,S]`, `choice_ids`, `choice_mask [B,1+n,L]` (own text first),
                 `itm_image_index [B]` (rows of `pixels`), `itm_labels [B]`.
         """
+        return self._losses(batch)
+
+    def _losses(self, batch: Batch, record: Record | None = None) -> tuple[dict[str, Tensor], Report]:
         ids, mask = batch["choice_ids"], batch["choice_mask"]
         rows, choices, self._text_len = ids.shape
         mask_CL = mask.flatten(0, 1)
@@ -68,7 +75,8 @@ class FalseTextsTask(nn.Module):
             [expert[text_rows] for expert in texts],
             [expert[image_rows] for expert in images],
             mask_CL[text_rows],
-            pooled_from=0,
+            record,
+            pooled_from=0 if record is None else None,
         )
         scores = self.rank_output(fused.cls_feats[: rows * choices]).view(rows, choices)
         logits = self.itm_score(fused.cls_feats[rows * choices :])
@@ -96,7 +104,14 @@ class FalseTextsTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies; recall is measured apart."""
-        losses, report = self(batch)
+        record: Record | None = None if self._pictures else {}
+        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+            losses, report = self._losses(batch, record)
+        if record is not None:
+            mask = batch["choice_mask"]
+            rows, choices, _ = mask.shape
+            own = attention[0][: rows * choices : choices]  # an image's own text is the first of its choices
+            self._pictures = pictures(self.model, record, batch["pixels"], own, mask[:, 0])
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
         return report
@@ -106,8 +121,9 @@ class FalseTextsTask(nn.Module):
         return -metrics["irtr_loss"]
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

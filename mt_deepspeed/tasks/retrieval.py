@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, LinearHead, attach_heads
+from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import ContrastiveResult, contrastive_loss
 from mt_deepspeed.objectives.hard_negatives import draw_negatives, negative_weights
 from mt_deepspeed.objectives.matching import matching_loss
+from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
@@ -64,6 +67,7 @@ class RetrievalTask(nn.Module):
         )
         attach_heads(self, config.model, heads)
         self.loss_weights = {"itc": 1.0, "itm": 1.0}
+        self._pictures: dict[str, Tensor] = {}
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -73,7 +77,9 @@ class RetrievalTask(nn.Module):
         """
         return self._losses(batch, self.ranks, drawn=True)
 
-    def _losses(self, batch: Batch, ranks: Ranks, drawn: bool) -> tuple[dict[str, Tensor], Report]:
+    def _losses(
+        self, batch: Batch, ranks: Ranks, drawn: bool, record: Record | None = None
+    ) -> tuple[dict[str, Tensor], Report]:
         """Losses and report; `drawn` False takes the likeliest negative instead of drawing one."""
         mask_BL = batch["text_mask"]
         rows, self._text_len = mask_BL.shape
@@ -100,7 +106,13 @@ class RetrievalTask(nn.Module):
         text = torch.cat([text_BNLD, text_BNLD, ranks.gather(text_BNLD)[text_B]])
         image = torch.cat([image_BNPD, ranks.gather(image_BNPD)[image_B], image_BNPD])
         mask = torch.cat([mask_BL, mask_BL, ranks.gather(mask_BL)[text_B]])
-        fused = self.model.fuse_experts(list(text.unbind(1)), list(image.unbind(1)), mask, pooled_from=0)
+        fused = self.model.fuse_experts(
+            list(text.unbind(1)),
+            list(image.unbind(1)),
+            mask,
+            record,
+            pooled_from=0 if record is None else None,
+        )
         logits = self.itm_score(fused.cls_feats)
         labels = torch.cat([torch.ones_like(image_label_B), image_label_B, text_label_B])
         report = {
@@ -124,7 +136,14 @@ class RetrievalTask(nn.Module):
 
         Negatives are the likeliest ones, so that nothing is left to chance; the figures depend on the batch size.
         """
-        losses, report = self._losses(batch, ALONE, drawn=False)
+        record: Record | None = None if self._pictures else {}
+        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+            losses, report = self._losses(batch, ALONE, drawn=False, record=record)
+        if record is not None:  # the batch's own pairs come first
+            mask_BL = batch["text_mask"]
+            self._pictures = pictures(
+                self.model, record, batch["pixels"], attention[0][: len(mask_BL)], mask_BL
+            )
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
         return report
@@ -134,8 +153,9 @@ class RetrievalTask(nn.Module):
         return metrics["itm_accuracy"] + metrics["itc_accuracy"]
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

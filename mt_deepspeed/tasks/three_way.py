@@ -6,10 +6,13 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
+from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, attach_heads
+from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import three_way_contrastive_loss
+from mt_deepspeed.tasks.heatmaps import pictures
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks
 from mt_deepspeed.tasks.roles import published_role
@@ -34,18 +37,23 @@ class ThreeWayTask(nn.Module):
         self.model = TwoTowerModel(config.model)
         attach_heads(self, config.model, HeadsConfig(fused_itc_size=config.retrieval.itc_size))
         self.loss_weights = {"itc": 1.0}
+        self._pictures: dict[str, Tensor] = {}
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
         """Loss of one micro-batch: `pixels [B,3,S,S]`, `text_ids`, `text_mask [B,L]`."""
         return self._loss(batch, self.ranks)
 
-    def _loss(self, batch: Batch, ranks: Ranks) -> tuple[dict[str, Tensor], Report]:
+    def _loss(
+        self, batch: Batch, ranks: Ranks, record: Record | None = None
+    ) -> tuple[dict[str, Tensor], Report]:
         mask_BL = batch["text_mask"]
         rows, self._text_len = mask_BL.shape
         texts = self.model.encode_text(batch["text_ids"], mask_BL)
         images = self.model.image_experts(self.model.encode_image(batch["pixels"]))
-        fused = self.model.fuse_experts(self.model.text_experts(texts), images, mask_BL, pooled_from=0)
+        fused = self.model.fuse_experts(
+            self.model.text_experts(texts), images, mask_BL, record, pooled_from=0 if record is None else None
+        )
         text_BE = self.itc_text_head(texts[-1][:, 0])
         image_BE = self.itc_image_head(images[-1][:, 0])
         fused_BE = self.itc_cross_modal_head(fused.cls_feats)
@@ -65,7 +73,11 @@ class ThreeWayTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and accuracy within one evaluation batch; they depend on its size."""
-        losses, report = self._loss(batch, ALONE)
+        record: Record | None = None if self._pictures else {}
+        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+            losses, report = self._loss(batch, ALONE, record)
+        if record is not None:
+            self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
         count = self.loss_counts(batch)["itc"]
         return {**report, "itc_loss": pair(losses["itc"] * count, count)}
 
@@ -74,8 +86,9 @@ class ThreeWayTask(nn.Module):
         return metrics["itc_accuracy"]
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
+        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
+        found, self._pictures = self._pictures, {}
+        return found
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

@@ -1,5 +1,6 @@
 """What is wrong with an evaluation is told in one sentence, by all ranks alike."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = load_tokenizer("tokenizer", folder, config.data.max_text_len)
         model = Pretrained(config, build_task(config), tokenizer, {}, ANSWERS if task == "vqa" else ())
         save(model, folder / f"model-{task}")
+        if task == "retrieval":
+            model.task.cross_modal_itc_image_head.fc.weight.data[0, 0] = float("nan")
+            save(model, folder / "model-damaged")
     write_dataset(folder / "empty", {"val": []})
     others = {"answers": ["other", *ANSWERS[1:]]}
     write_dataset(folder / "other-answers", {"val": vqa_rows(3, NUM_ANSWERS)}, task="vqa", options=others)
@@ -39,6 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torn[4]["image"] = BROKEN
     write_dataset(folder / "torn", {"val": torn})
     (folder / "not-a-model").mkdir()
+    (folder / "questions.json").write_text('{"questions": [{"question_id": 7}]}')
     return folder
 
 
@@ -56,12 +61,38 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["model-pretrain", "captions", "--retrieval", "--top-k", "3"],
         "no contrastive heads",
     ),
+    "damaged embeddings": (
+        ["model-damaged", "captions", "--top-k", "2"],
+        "contrastive embeddings are not numbers",
+    ),
     "other answers": (["model-vqa", "other-answers"], "are not those the model was trained on"),
     "missing answers": (
         ["model-vqa", "vqa", "--splits", "test"],
         "a question has no answers .* predictions only",
     ),
     "unknown label": (["model-snli_ve", "unknown-label"], r"unknown-label.* found label 7, expected 0 to 2"),
+    "no annotations": (["model-vqa", "vqa", "--annotations", "nowhere.json"], "nowhere.json: cannot be read"),
+    "questions for annotations": (
+        ["model-vqa", "vqa", "--annotations", "{root}/questions.json"],
+        "field 'annotations' is missing",
+    ),
+    "a part against all questions": (
+        ["model-vqa", "vqa", "--questions", "{root}/questions.json", "--max-samples", "2"],
+        "--max-samples: has no meaning .* with --annotations or --questions",
+    ),
+    "a part of all pairs": (
+        ["model-retrieval", "captions", "--max-samples", "2"],
+        "--max-samples: has no meaning",
+    ),
+    "words of another task": (
+        ["model-vqa", "vqa", "--visual-words", "nowhere.json"],
+        "--visual-words: has no meaning for a model of task vqa",
+    ),
+    "a folder for a file": (["model-vqa", "vqa", "--out", "{root}"], "cannot be written: a folder"),
+    "below a file": (
+        ["model-vqa", "vqa", "--predictions", "{root}/questions.json/p.json"],
+        "cannot be written",
+    ),
     "broken image": (["model-retrieval", "torn"], r"torn.*val-00000\.arrow.* row"),
 }
 
@@ -69,7 +100,8 @@ CASES: dict[str, tuple[list[str], str]] = {
 def attempts(place: Place, root: Path) -> dict[str, str]:
     found = {}
     for name, ((model, shards, *rest), _) in CASES.items():
-        arguments = ["--checkpoint", str(root / model), "--shards", str(root / shards), *rest]
+        more = [one.format(root=root) for one in rest]
+        arguments = ["--checkpoint", str(root / model), "--shards", str(root / shards), *more]
         with pytest.raises(ValueError, match=r"\S") as caught:
             figures(place, parse([*arguments, "--batch-size", "2"]))
         found[name] = str(caught.value)
@@ -103,3 +135,35 @@ def wrong_tokenizer(place: Place, root: Path, model: Path) -> Any:
     with pytest.raises(ValueError, match=r"\S") as caught:
         figures(place, parse(["--checkpoint", str(model), "--shards", str(root / "vqa")]))
     return str(caught.value)
+
+
+def test_other_splits_and_an_incomplete_submission(root: Path, tmp_path: Path) -> None:
+    """Without `--shards` the splits are of the run's own data; what covers not all questions is kept aside."""
+    message, questions = run_ranks(2, split_without_shards, root, tmp_path)[0]
+    assert questions["val"].isdisjoint(questions["test"])
+    assert len(questions["test"]) > 0
+    assert "questions without a prediction" in message
+    assert str(tmp_path / "wrong.json.unchecked") in message
+    kept = json.loads((tmp_path / "wrong.json.unchecked").read_text())
+    assert {one["question_id"] for one in kept} == questions["val"]
+    assert not (tmp_path / "wrong.json").exists()
+    assert not (tmp_path / "test.json.unchecked").exists()
+
+
+def split_without_shards(place: Place, root: Path, folder: Path) -> tuple[str, dict[str, set[int]]]:
+    model, found = ["--checkpoint", str(root / "model-vqa")], {}
+    for split in ("val", "test"):
+        figures(place, parse([*model, "--splits", split, "--predictions", str(folder / f"{split}.json")]))
+        torch.distributed.barrier()  # the first rank writes
+        found[split] = {one["question_id"] for one in json.loads((folder / f"{split}.json").read_text())}
+    wrong = ["--predictions", str(folder / "wrong.json"), "--questions", str(root / "questions.json")]
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        figures(place, parse([*model, *wrong]))
+    return str(caught.value), found
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--max-samples", "-1")])
+def test_numbers_that_cannot_be(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--checkpoint", "model", flag, value])
+    assert f"{flag} {value}: expected at least" in capsys.readouterr().err

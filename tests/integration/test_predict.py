@@ -159,6 +159,32 @@ def test_wrong_rows_are_named_before_any_work(root: Path, tmp_path: Path) -> Non
     assert ":7: text: found no <mask>" in message
 
 
+def test_rows_that_could_not_be_written_again_are_named(root: Path, tmp_path: Path) -> None:
+    picture = str(root / "pictures/a0.png")
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        json.dumps({"image": picture, "text": "half a smile \ud83d"}).encode(),
+        json.dumps({"image": picture, "text": "fine", "note": "\udc00"}).encode(),
+        json.dumps({"image": picture, "text": "caf\xe9"}, ensure_ascii=False).encode("latin-1"),
+        json.dumps({"image": picture, "text": "what is it", "answers": ["a cat"]}).encode(),
+        json.dumps({"image": picture, "text": "what is it", "images": 3, "label": 2}).encode(),
+    ]
+    file.write_bytes(b"\n".join(rows))
+    with pytest.raises(SystemExit) as error:
+        run(root, "answer", "vqa", "--input", file)
+    message = str(error.value)
+    assert "4 of 5 rows cannot be used" in message
+    for part in (":1: not UTF-8", ":2: not UTF-8", ":3: not UTF-8", ":4: answers: answer writes its result"):
+        assert part in message
+
+
+def test_further_keys_change_no_table(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"image": str(root / "pictures/a0.png"), "text": "what is it", "images": 3, "masks": [], "label": 2}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    run(root, "answer", "vqa", "--input", tmp_path / "rows.jsonl", "--top", 1)
+    assert capsys.readouterr().out.startswith("a0.png  what is it  answer ")
+
+
 def test_a_mask_behind_the_models_length_is_refused(root: Path) -> None:
     with pytest.raises(SystemExit, match="behind the 14 tokens"):
         run(

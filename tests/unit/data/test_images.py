@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mt_deepspeed.data import images
-from mt_deepspeed.data.images import decode_image, to_picture, to_tensor
+from mt_deepspeed.data.images import decode_image, from_pillow, to_picture, to_tensor
 from tests.helpers.datasets import encode_image
 
 
@@ -125,6 +125,23 @@ def test_transparency_lies_on_white(picture: Image.Image) -> None:
     clear = palette.getpixel((0, 0))
     pixels = decode_image(encoded(palette, "PNG", transparency=clear))
     assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_an_opened_file_is_its_pixels(picture: Image.Image) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    see_through = picture.convert("RGBA")
+    see_through.putalpha(90)
+    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 200)
+    for data in (
+        encoded(picture, "PNG", exif=turned),
+        encoded(see_through, "PNG"),
+        encoded(deep, "PNG"),
+        encoded(picture.quantize(16), "PNG"),
+        encoded(picture, "JPEG", exif=turned),
+    ):
+        pixels = from_pillow(Image.open(io.BytesIO(data.tobytes())))
+        assert int((pixels.int() - decode_image(data).int()).abs().max()) <= 1  # two JPEG decoders
 
 
 def test_first_frame_of_an_animation(picture: Image.Image) -> None:

@@ -186,6 +186,16 @@ def test_other_answer_vocabularies_are_refused(tmp_path: Path, root: Path) -> No
         TrainStream(nameless, 0, 1)
 
 
+def test_false_texts_need_two_images_with_texts(tmp_path: Path, root: Path) -> None:
+    rows = [{**row, "captions": row["captions"] if i == 3 else []} for i, row in enumerate(make_rows(8))]
+    rows[3]["captions"] = ["one", "two", "three", "four", "five", "six"]
+    config = broken(
+        tmp_path, root, "retrieval", {"train": rows}, options={}, retrieval={"objective": "false_texts"}
+    )
+    with pytest.raises(ValueError, match=r"data\.train: .*broken: false texts are drawn from other images"):
+        TrainStream(config, 0, 1)
+
+
 def test_data_of_another_task_or_none_is_refused(tmp_path: Path, root: Path) -> None:
     wrong = task_config(root, "vqa", data={"train": [{"path": "nlvr2"}]})
     with pytest.raises(ValueError, match="task 'nlvr2', expected 'vqa'"):

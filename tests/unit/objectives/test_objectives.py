@@ -124,6 +124,8 @@ def test_vanished_weights_draw_any_negative_and_a_row_without_one_any_column() -
     weights = torch.zeros(1, 3)
     draws = {int(draw_negatives(weights, positives)) for _ in range(60)}
     assert draws == {1, 2}
+    broken = torch.tensor([[0.0, float("nan"), 0.2]])
+    assert {int(draw_negatives(broken, positives)) for _ in range(60)} == {1, 2}
     positives = torch.tensor([[True, True]])
     assert {int(draw_negatives(torch.zeros(1, 2), positives)) for _ in range(60)} == {0, 1}
 

@@ -142,6 +142,27 @@ def test_false_texts_equal_separate_passes() -> None:
         )
 
 
+@pytest.mark.parametrize("objective", ["itc_itm", "false_texts", "three_way"])
+def test_pictures_of_the_first_batch_change_no_figure(objective: str) -> None:
+    torch.manual_seed(0)
+    task: Any
+    if objective == "false_texts":
+        task, batch = false_texts()
+    else:
+        task = build_task(task_config(Path("none"), "retrieval", retrieval={"objective": objective}))
+        batch = {**retrieval_batch(), "pixels": retrieval_batch()["pixels"].float()}
+    task.eval()
+    with torch.no_grad():
+        first, second = task.eval_step(batch), task.eval_step(batch)
+    assert first.keys() == second.keys()
+    for name, found in first.items():
+        torch.testing.assert_close(found, second[name])
+    drawn = task.heatmaps()
+    assert drawn.keys() == {"manager_weights/text", "manager_weights/image", "attention/text_over_image"}
+    assert drawn["attention/text_over_image"].shape[2] == 3
+    assert task.heatmaps() == {}
+
+
 def test_the_score_starts_as_the_matching_logit() -> None:
     task, batch = false_texts()
     with torch.no_grad():
