@@ -8,8 +8,8 @@ DIR holds the shards `vqav2`, `snli_ve`, `nlvr2` and `flickr30k` (docs/tasks.md 
 tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>`, `false-texts` that of retrieval with
 the other objective; its last checkpoint, chosen by nothing, is measured on pictures that no training has seen. Blind
 runs start from the pre-trained model too: `text_only` sees the same grey for every picture, `image_only` an empty
-text, in training and in evaluation. Retrieval needs none: a ranking that does not depend on the query is chance. Chance is the best constant answer; for
-retrieval, a draw among the pictures or texts.
+text, in training and in evaluation. Retrieval needs none: a ranking that does not depend on the query is chance.
+Chance is the best constant answer; for retrieval, a draw among the pictures or texts.
 
 Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row (task, way, seed and number of
 steps) is there, and prints a table of means and spreads over the seeds.

@@ -15,7 +15,7 @@ from mt_deepspeed.tasks import build_task
 from tests.helpers.datasets import make_rows, write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.task_datasets import entailment_rows, vqa_rows
-from tests.helpers.task_runs import ANSWERS, NUM_ANSWERS, task_config, write_task_root
+from tests.helpers.task_runs import ANSWERS, NUM_ANSWERS, task_config, train_run, write_task_root
 
 BROKEN = b"no picture at all"
 
@@ -151,7 +151,8 @@ def test_other_splits_and_an_incomplete_submission(root: Path, tmp_path: Path) -
 
 
 def split_without_shards(place: Place, root: Path, folder: Path) -> tuple[str, dict[str, set[int]]]:
-    model, found = ["--checkpoint", str(root / "model-vqa")], {}
+    train_run(place, task_config(root, "vqa", folder / "run"))
+    model, found = ["--checkpoint", str(folder / "run")], {}
     for split in ("val", "test"):
         figures(place, parse([*model, "--splits", split, "--predictions", str(folder / f"{split}.json")]))
         torch.distributed.barrier()  # the first rank writes
