@@ -1,1 +1,1 @@
-"""Fused operations and their plain references."""
+"""Fused operations and their plain references, and operators in the form that is fastest on the device."""
