@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -47,7 +48,7 @@ def find_nvcc() -> tuple[str, tuple[int, int]]:
         where = f"CUDA_HOME={home}" if home else "PATH or /usr/local/cuda"
         raise BuildError(
             f"CUDA kernels: found no nvcc in {where}; install the CUDA toolkit "
-            f"{'.'.join(map(str, OLDEST_NVCC))} or newer, or use MT_KERNELS=triton, which needs no compiler"
+            f"{'.'.join(map(str, OLDEST_NVCC))} or newer, or use MT_KERNELS=triton, which needs a C compiler only"
         )
     text = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     match = re.search(r"release (\d+)\.(\d+)", text)
@@ -58,6 +59,16 @@ def find_nvcc() -> tuple[str, tuple[int, int]]:
             f"{'.'.join(map(str, OLDEST_NVCC))} or newer; set CUDA_HOME, or use MT_KERNELS=triton"
         )
     return found, version
+
+
+@lru_cache(maxsize=1)
+def no_c_compiler() -> str | None:
+    """Why Triton cannot compile what launches its kernels, or None; it looks for `CC`, else for gcc and clang."""
+    asked = os.environ.get("CC")
+    names = ["gcc", "clang"] if asked is None else [asked]
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"found no C compiler ({' or '.join(map(repr, names))}); install gcc, or set CC"
 
 
 def command(nvcc: str, architectures: Sequence[str], output: Path) -> list[str]:

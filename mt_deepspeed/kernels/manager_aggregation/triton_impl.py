@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from mt_deepspeed.kernels.manager_aggregation import build
 from mt_deepspeed.kernels.manager_aggregation.protocol import Arguments, Gradients
 from mt_deepspeed.kernels.manager_aggregation.triton_kernels import (
     backward_kernel,
@@ -38,7 +39,7 @@ def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
             f"found {len(experts)} experts and {num_previous} previous states, "
             f"expected at most {MAX_EXPERTS} and {MAX_PREVIOUS}"
         )
-    return None
+    return build.no_c_compiler() if device == "cuda" else None
 
 
 def statistics(states: list[Tensor], eps: float) -> Tensor:

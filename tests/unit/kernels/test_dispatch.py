@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mt_deepspeed.kernels.manager_aggregation import (
     build,
@@ -24,7 +25,7 @@ from tests.helpers.aggregation import Case, needs_cpu_library
 @pytest.fixture
 def nothing_remembered() -> Iterator[None]:
     """What is kept of compilers and libraries is forgotten before and after."""
-    caches = (dispatch._log_once, cpu_impl._missing, cpu_impl._library)
+    caches = (dispatch._log_once, cpu_impl._missing, cpu_impl._library, build.no_c_compiler)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -71,6 +72,50 @@ def test_a_cpu_without_a_compiler(
     assert "autograd through the formula (cpu: found no C++ compiler" in lines[0]
     with pytest.raises(ValueError, match=r"backend cpu was asked for, but found no C\+\+ compiler"):
         manager_aggregation(**arguments, backend="cpu")
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_gpu_without_a_c_compiler(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a CPU: said once, or an error."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(build, "BUILT_AHEAD", tmp_path / "nothing")
+    monkeypatch.delenv("MT_KERNELS", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with FakeTensorMode():
+        experts = [torch.zeros(2, 8, device="cuda")]
+    for _ in range(3):
+        assert dispatch.chosen(experts, 1, None) is reference
+    lines = [record.message for record in caplog.records if "manager aggregation" in record.message]
+    assert len(lines) == 1
+    assert "reference (triton: found no C compiler ('gcc' or 'clang')" in lines[0]
+    with pytest.raises(ValueError, match="backend triton was asked for, but found no C compiler"):
+        dispatch.chosen(experts, 1, "triton")
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "found"),
+    [
+        ("gcc", None, True),
+        ("clang", None, True),
+        ("cc", None, False),
+        ("cc", "cc", True),
+        ("gcc", "nothing", False),
+        ("gcc", "", False),
+    ],
+)
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_c_compiler_is_looked_for_as_triton_does(
+    there: str, asked: str | None, found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / there).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("CC", asked)
+    assert (build.no_c_compiler() is None) == found
 
 
 @pytest.mark.usefixtures("nothing_remembered")
