@@ -1,6 +1,7 @@
 """Image-text pairs scored per second, from cached tower states: the published way beside ours.
 
     python -m benchmarks.retrieval [--sizes quickstart base] [--save]
+    python -m benchmarks.retrieval --sizes base --precisions bf16 --items 16 500 --chunks 500 250    # on a GPU
     python -m benchmarks.retrieval --plan
 
 Both get the same tower states of the same items (values are drawn, sizes and weights are the model's), first score
@@ -8,7 +9,7 @@ the same pairs, which must agree, and are then timed in turns.
 
 - published: all texts padded to 40 tokens; for each image, its cached layers get type and layer embeddings and are
   expanded to a chunk of texts, the cross-modal encoder runs on the chunk with managers that stack the experts and
-  attention that is written out (`plain_step.fuse_stacks`), under autocast
+  attention that is written out (`plain_step.fuse_stacks`), under autocast; texts wait padded on the device
 - model: the same chunks through our model's own fusion (fused attention, statistics of experts shared)
 - ours: `mt_deepspeed.scoring.pairs`, texts cut to their lengths
 - ours, padded: the same with 40 tokens, as the published weights need it
@@ -22,8 +23,10 @@ Freed memory is kept on a CPU, as all our commands do it; `--system-malloc` leav
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,9 +50,9 @@ from mt_deepspeed.tasks.retrieval import match_scores
 PADDED = 40
 PRESETS = {"quickstart": "quickstart-retrieval", "base": "flickr30k-retrieval-base-scratch"}
 ITEMS = {"quickstart": (8, 1024), "base": (4, 16)}
-"""Images and texts that are scored in one round."""
+"""Images and texts that are scored in one round, on a CPU."""
 CHUNKS = {"quickstart": (512, 256), "base": (4, 4)}
-"""Texts per pass, published and ours: what was fastest on two cores."""
+"""Texts per pass, published and ours: what was fastest on two cores. The published code fuses 500 on a GPU."""
 SETS = {"Flickr30k test": (1000, 5000, 128), "COCO 5K test": (5000, 25000, 256)}
 """Images, texts, and the published length of a shortlist."""
 H200_DENSE_BF16 = 989e12
@@ -58,20 +61,22 @@ ASSUMED_USE = 0.4
 
 
 class Case:
-    """One model size: a task with drawn weights, tower states of some items."""
+    """One model size: a task with drawn weights, tower states of `items` (images and texts)."""
 
-    def __init__(self, size: str, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(
+        self, size: str, precision: Literal["fp32", "bf16"], items: Sequence[int], chunks: Sequence[int]
+    ) -> None:
         config = load_config(PRESETS[size])
         model = replace(config.model, mask_padding_in_managers=True)
-        train = replace(config.train, precision=precision, micro_batch_size=CHUNKS[size][1])
+        train = replace(config.train, precision=precision, micro_batch_size=chunks[1])
         self.config: RunConfig = replace(config, model=model, train=train)
         torch.manual_seed(0)
         self.task: Any = build_task(self.config).eval().requires_grad_(False)
-        self.chunk = CHUNKS[size][0]
+        self.chunk = chunks[0]
         self.dtype = DTYPES[precision] or torch.float32
         self.place = Place(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.task.to(self.place.device)
-        num_images, num_texts = ITEMS[size]
+        num_images, num_texts = items
         # As captions are: 8 to 22 tokens, 15 on average; shortest first, as the evaluation sorts them.
         lengths = torch.linspace(8, 22, num_texts).round().long().tolist()
         width = model.cross_modal.hidden_size
@@ -106,6 +111,13 @@ class Case:
         scorer = PairScorer(self.task, self.config, states, self.place, wanted)
         return lambda: scorer(range(len(self.images.lengths)))
 
+    @cached_property
+    def chunks(self) -> list[tuple[Tensor, Tensor]]:
+        """Padded texts `[B, L, N, D]` and masks of each chunk, on the device."""
+        device = self.place.device
+        every = batches(range(len(self.padded.lengths)), self.chunk)
+        return [(self.padded.padded(one)[0].to(device), self.masks[one].to(device)) for one in every]
+
     @torch.no_grad()
     def _by_chunks(self, fuse: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         rows = []
@@ -113,10 +125,8 @@ class Case:
             for image in range(len(self.images.lengths)):
                 image_PND = self.images.get(image).to(self.place.device)
                 scores = []
-                for chosen in batches(range(len(self.padded.lengths)), self.chunk):
-                    texts, _ = self.padded.padded(chosen)
-                    mask = self.masks[torch.tensor(chosen)].to(self.place.device)
-                    cls_feats = fuse(texts.to(self.place.device), mask, image_PND)
+                for texts, mask in self.chunks:
+                    cls_feats = fuse(texts, mask, image_PND)
                     scores.append(match_scores(self.task, cls_feats).float())
                 rows.append(torch.cat(scores))
         return torch.stack(rows).cpu()
@@ -135,10 +145,10 @@ class Case:
 
 
 def compare(
-    size: str, precision: Literal["fp32", "bf16"], rounds: int, memory: str
+    size: str, precision: Literal["fp32", "bf16"], options: argparse.Namespace, memory: str
 ) -> list[dict[str, object]]:
     """Times all ways in turns; raises AssertionError if their scores differ."""
-    case = Case(size, precision)
+    case = Case(size, precision, options.items or ITEMS[size], options.chunks or CHUNKS[size])
     ways = case.ways()
     scores = {name: way() for name, way in ways.items()}
     asked = {name: found != NOT_SCORED for name, found in scores.items()}
@@ -150,7 +160,7 @@ def compare(
         )
         assert worst < (1e-4 if precision == "fp32" else 5e-2), name
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
@@ -169,7 +179,7 @@ def compare(
                 "chunk": case.chunk if name in ("published", "model") else case.config.train.micro_batch_size,
                 "pairs_per_s": f"{rate:.4g}",
                 "ratio": f"{ratio:.2f}",
-                "rounds": rounds,
+                "rounds": options.rounds,
                 "memory": memory,
             }
         )
@@ -178,7 +188,7 @@ def compare(
 
 def plan() -> None:
     """Prints operations per pair and predicted times at the base size, 384 px."""
-    case = Case("base", "fp32")
+    case = Case("base", "fp32", ITEMS["base"], CHUNKS["base"])
     texts, _ = case.padded.padded([0])
     mask, image = case.masks[:1] * 0 + 1, case.images.get(0)
     fusion = PairFusion(case.task.model, torch.float32)
@@ -213,13 +223,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument(
+        "--items", nargs=2, type=int, metavar=("IMAGES", "TEXTS"), help="scored in a round (default: few)"
+    )
+    parser.add_argument(
+        "--chunks",
+        nargs=2,
+        type=int,
+        metavar=("PUBLISHED", "OURS"),
+        help="texts per pass (default: for a CPU)",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--system-malloc", action="store_true", help="CPU: let glibc return freed memory")
     parser.add_argument(
         "--plan", action="store_true", help="count operations and predict instead of measuring"
     )
-    parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/retrieval.csv")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=RESULTS / "retrieval.csv",
+        help="add rows to this file (default: benchmarks/results/retrieval.csv)",
+    )
     args = parser.parse_args()
     if args.plan:
         plan()
@@ -230,9 +256,9 @@ def main() -> None:
     if memory == "kept":
         keep_freed_memory()
     cases = [(size, one) for size in args.sizes for one in args.precisions]
-    rows = [row for case in cases for row in compare(*case, args.rounds, memory)]
+    rows = [row for case in cases for row in compare(*case, args, memory)]
     if args.save:
-        append(RESULTS / "retrieval.csv", rows)
+        append(args.save, rows)
 
 
 if __name__ == "__main__":
