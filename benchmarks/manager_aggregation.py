@@ -19,6 +19,7 @@ Rows that FILE holds already for this commit, device and dtype are not measured 
 import argparse
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -217,7 +218,7 @@ class Contest:
             self.times[name].setdefault(part, []).append(value)
 
     def run(self, rounds: int) -> dict[str, Row]:
-        """Name -> figures; a way that runs out of memory says so."""
+        """Name -> figures, or why there are none: one way's failure must not cost the figures of the others."""
         failed: dict[str, str] = {}
         for turn in range(-1, rounds):
             for name in self.ways:
@@ -228,6 +229,9 @@ class Contest:
                 except torch.OutOfMemoryError:
                     failed[name] = "out of memory"
                     torch.cuda.empty_cache()
+                except Exception as error:
+                    traceback.print_exc()
+                    failed[name] = f"failed: {type(error).__name__}"
         rows: dict[str, Row] = {name: {"note": note} for name, note in failed.items()}
         for name in self.ways.keys() - failed.keys():
             kept, peak = self.memory[name]

@@ -100,4 +100,5 @@ def _command() -> str:
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank")]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     starter = ["python", "-m"] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--module"]
-    return shlex.join([*starter, f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
+    kernels = [f"MT_KERNELS={os.environ['MT_KERNELS']}"] if "MT_KERNELS" in os.environ else []
+    return shlex.join([*kernels, *starter, f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
