@@ -1,55 +1,90 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: kernels (build, tests, benchmark, profile, sanitizer) and the whole step (against the
-# published way and transformers, profile, plan). Each step has a time limit, writes a file to the output folder and
-# is not repeated when that says it is done: a cut-off run goes on where it was, and a failed step stops no other.
+# Everything that needs a GPU, most valuable first: the kernels (tests, benchmark, profile, sanitizer), the whole step
+# (against the published way and transformers, with each backend, profile, planned memory) and retrieval.
 #
 #   bash benchmarks/gpu_suite.sh [OUTPUT_FOLDER [STEP...]]     # default: benchmarks/results/gpu, all steps
 #   DRY=1 bash benchmarks/gpu_suite.sh                         # prints what would run
 #
-# Ten minutes suffice for the kernels (about to profile), ten more for the step (step_base to curves).
+# It ends within BUDGET seconds (570) and then names the steps that it did not get done: ask for them in another run
+# (about, packages and build are part of every one). Each step has a limit of its own; a failed one stops no other.
+# All output goes to log.txt as it comes, figures to csv files beside it; with the same folder, steps that are done
+# are not repeated. MT_COMMIT names the commit where there is no git.
 #
-# Needs torch and nvcc (for the CUDA kernels); the tests pytest, pytest-timeout and hypothesis; the step transformers,
-# DeepSpeed and open_clip. What cannot be installed comes along as wheels in .gpu_wheels:
-#   pip wheel --no-deps --wheel-dir .gpu_wheels hypothesis deepspeed hjson msgpack open_clip_torch timm ftfy wcwidth
-# `curves` is left out unless SHARDS names the shards of launchers/quickstart.sh.
+# Needs torch, nvcc, pytest, pytest-timeout and hypothesis; pytest-xdist makes tests faster. Step and retrieval need
+# the package's other requirements too. Where nothing can be installed, what is missing comes along as wheels in
+# .gpu_wheels, which git ignores: copy that folder with the tree. For Python 3.12 and an image with torch,
+# transformers, timm, einops and msgpack, but without DeepSpeed, open_clip and torchdata (7 MB):
+#
+#   get="python -m pip download --only-binary=:all: --python-version 3.12 --dest .gpu_wheels"
+#   $get pydantic ftfy && $get --no-deps hjson open_clip_torch torchdata
+#   python -m pip wheel --no-deps --wheel-dir .gpu_wheels 'deepspeed>=0.19,<0.20'    # has no wheel of its own
+#
+# `curves` is left out unless SHARDS names the shards of launchers/quickstart.sh. `benchmarks.growth` is not here: it
+# measures processor time.
 set -uo pipefail
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
 
 output=${1:-benchmarks/results/gpu}
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-python=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export DS_BUILD_OPS=0
 shift $(($# > 0 ? 1 : 0))
 wanted=("$@")
-export XDG_CACHE_HOME="${XDG_CACHE_HOME:-/tmp/mt_deepspeed_cache}"
-failed=()
+log=$output/log.txt
+budget=${BUDGET:-570}
+failed=() not_reached=() lacking=
+SECONDS=0
 
-# step NAME SECONDS COMMAND...: runs once; the last line of its file says how it ended.
+export python=${PYTHON:-python3} site=/tmp/mt_deepspeed_site
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
+export XDG_CACHE_HOME="${XDG_CACHE_HOME:-/tmp/mt_deepspeed_cache}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=0
+
+# asked NAME: whether this run is to do the step.
+asked() {
+    case $1 in about | packages | build) return 0 ;; esac
+    if [ ${#wanted[@]} -gt 0 ] && [[ " ${wanted[*]} " != *" $1 "* ]]; then return 1; fi
+    if grep -qs "^== $1: done" "$log"; then
+        echo "$1: done before"
+        return 1
+    fi
+}
+
+# step NAME SECONDS COMMAND...: runs it, unless it is done or no time is left. Interrupted as by Ctrl-C: pytest then
+# still prints what failed, and Python where it was.
 step() {
-    local name=$1 seconds=$2 file="$output/$1.txt" status
+    local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS status
     shift 2
-    if [ ${#wanted[@]} -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
+    if ! asked "$name"; then return; fi
     if [ -n "${DRY:-}" ]; then
-        echo "$name, at most $seconds s: $*"
+        echo "$name, at most $limit s: $*"
         return
     fi
-    if [ -f "$file" ] && [ "$(tail -n 1 "$file")" = "== done" ]; then
-        echo "$name: done before"
+    if [ "$left" -lt 15 ]; then
+        not_reached+=("$name")
         return
     fi
     echo "$name ..."
-    SECONDS=0
-    timeout --kill-after=10 "$seconds" "$@" >"$file" 2>&1
+    echo "== $name: $*" >>"$log"
+    timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1 </dev/null
     status=$?
     if [ $status -eq 0 ]; then
-        echo "== done" >>"$file"
-        echo "$name: done, $SECONDS s"
+        echo "== $name: done, $((SECONDS - start)) s" | tee -a "$log"
+    elif [[ $status =~ ^(124|137)$ ]] && [ "$left" -lt "$limit" ]; then
+        echo "== $name: cut off after $left s" | tee -a "$log"
+        not_reached+=("$name")
     else
-        echo "== failed with status $status after $SECONDS s" >>"$file"
-        echo "$name: FAILED ($status) after $SECONDS s, see $file" >&2
+        echo "== $name: FAILED with status $status after $((SECONDS - start)) s (124, 137: too slow)" | tee -a "$log"
         failed+=("$name")
+    fi
+    return $status
+}
+
+# whole NAME SECONDS COMMAND...: a step that needs what `packages` brings.
+whole() {
+    if [ -z "$lacking" ]; then
+        step "$@"
+    elif asked "$1"; then
+        echo "== $1: left out, $lacking" | tee -a "$log"
     fi
 }
 
@@ -58,50 +93,58 @@ about() {
     git rev-parse HEAD 2>/dev/null || echo "commit ${MT_COMMIT:-unknown}"
     nvidia-smi
     nvcc --version || /usr/local/cuda/bin/nvcc --version || echo "no nvcc"
-    "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+    "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 }
-export -f about
-export python
 
 packages() {
-    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" .gpu_wheels/*.whl
+    if compgen -G ".gpu_wheels/*.whl" >/dev/null; then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+            .gpu_wheels/*.whl || return
+    fi
+    "$python" -c "import deepspeed, open_clip, torchdata.nodes"
 }
-export -f packages
-export site=/tmp/mt_deepspeed_site
-export PYTHONPATH="$PYTHONPATH:$site"
-train_step=("$python" -m benchmarks.train_step --rounds 5 --results "$output/train_step.csv")
-profile_step=("$python" -m benchmarks.profile_step --set train.micro_batch_size=32 train.global_batch_size=32)
+export -f about packages
 
 build="from mt_deepspeed.kernels.manager_aggregation import build; print(build.library())"
-tests=(-m pytest -q -p no:cacheprovider tests/gpu)
+kernels=("$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2
+    --results "$output/manager_aggregation.csv")
+tests=("$python" -m pytest -v --tb=short -p no:cacheprovider)
+if "$python" -c "import xdist" 2>/dev/null; then tests+=(-n 4); fi
+train_step=("$python" -m benchmarks.train_step --rounds 5 --results "$output/train_step.csv" --precision)
+profile_step=("$python" -m benchmarks.profile_step --set train.micro_batch_size=32 train.global_batch_size=32)
 
 step about 60 bash -c about
-if compgen -G ".gpu_wheels/*.whl" >/dev/null; then step packages 120 bash -c packages; fi
-step registers 200 "$python" -m mt_deepspeed.kernels.manager_aggregation.build --output /tmp/registers.so --arch 90
-step build 200 "$python" -c "$build"
-step tests 200 "$python" "${tests[@]}" -k "not sanitizer"
-step benchmark 240 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 \
-    --results "$output/manager_aggregation.csv"
-step benchmark_fp32 60 "$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2 --dtype float32 \
-    --shapes 6,64,325,768 --results "$output/manager_aggregation.csv"
-step profile 90 "$python" -m benchmarks.manager_aggregation --ways eager triton cuda --profile "$output/kernels.txt"
+step packages 120 bash -c packages || lacking="packages are missing (see $log)"
+step build 150 "$python" -c "$build"
+step tests 200 "${tests[@]}" tests/gpu/test_manager_aggregation.py -k "not sanitizer"
+step benchmark 150 "${kernels[@]}" --shapes 6,64,325,768 6,64,50,768 6,64,442,1024
+whole step_base 180 "${train_step[@]}" bf16 --micro-batch 32
+whole step_cuda 90 env MT_KERNELS=cuda "${train_step[@]}" bf16 --systems ours --micro-batch 32
+whole retrieval 120 "$python" -m benchmarks.retrieval --sizes base --precisions bf16 --items 16 500 --chunks 500 250 \
+    --rounds 2 --save "$output/retrieval.csv"
+step profile 60 "${kernels[@]}" --ways eager triton cuda --profile "$output/kernels.txt"
+whole step_profile 90 "${profile_step[@]}" --top 40
 
-step step_base 150 "${train_step[@]}" --micro-batch 8 32 --precision bf16
-step step_profile 90 "${profile_step[@]}" --top 40
-step step_fp32 90 "${train_step[@]}" --micro-batch 8 --precision fp32
-step step_bridge 90 "${train_step[@]}" --systems bridge transformers --micro-batch 8 32 --precision bf16
-step step_long_texts 90 "${train_step[@]}" --micro-batch 32 --precision bf16 --text-tokens 50
-step step_stages 120 "${train_step[@]}" --systems ours --micro-batch 32 --precision bf16 --stage 1 2 3
-step step_checkpointing 90 "${train_step[@]}" --systems ours --micro-batch 64 --precision bf16 --checkpointing 0 1 2
-step step_compile 150 "${train_step[@]}" --systems ours --micro-batch 32 --precision bf16 --set train.compile=true
+step benchmark_sizes 200 "${kernels[@]}" --ways eager reference triton cuda
+step sanitizer 300 "${tests[@]}" tests/gpu/test_manager_aggregation.py -k sanitizer
+whole plan_memory 300 "${tests[@]}" tests/gpu/test_plan_memory.py
+whole step_small 120 "${train_step[@]}" bf16 --micro-batch 8
+whole step_fp32 120 "${train_step[@]}" fp32 --micro-batch 8
+whole step_bridge 120 "${train_step[@]}" bf16 --systems bridge transformers --micro-batch 32
+whole step_reference 90 env MT_KERNELS=reference "${train_step[@]}" bf16 --systems ours --micro-batch 32
+whole step_stages 150 "${train_step[@]}" bf16 --systems ours --micro-batch 32 --stage 1 2 3
+whole step_checkpointing 120 "${train_step[@]}" bf16 --systems ours --micro-batch 64 --checkpointing 0 1 2
+whole step_compile 200 "${train_step[@]}" bf16 --systems ours --micro-batch 32 --set train.compile=true
+whole step_long_texts 120 "${train_step[@]}" bf16 --micro-batch 32 --text-tokens 50
+step benchmark_fp32 60 "${kernels[@]}" --dtype float32 --shapes 6,64,325,768
 if [ -n "${SHARDS:-}" ]; then
-    step curves 150 "$python" -m benchmarks.curves --shards "$SHARDS" --backends reference triton cuda \
+    whole curves 200 "$python" -m benchmarks.curves --shards "$SHARDS" --backends reference triton cuda \
         --results "$output/curves.csv" --picture "$output/curves.png"
 fi
-step sanitizer 300 "$python" "${tests[@]}" -k sanitizer
 
+if [ ${#not_reached[@]} -gt 0 ]; then echo "no time for: ${not_reached[*]}" | tee -a "$log"; fi
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}" >&2
+    echo "failed: ${failed[*]}" | tee -a "$log"
     exit 1
 fi
-echo "all figures are in $output"
+echo "figures are in $output"
