@@ -10,6 +10,9 @@ tiles, in order, to rows of its own, and these are summed afterwards.
 import triton
 import triton.language as tl
 
+# Else Triton compiles anew where one of these becomes 1 or a multiple of 16: up to a minute for the backward kernel.
+_VARYING = ["tokens", "offset", "programs"]
+
 
 @triton.jit
 def _moments(x, mask, size, eps):
@@ -67,7 +70,7 @@ def _score(
     return score * inverse_temperature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def statistics_kernel(
     states, out, tokens, size, eps, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -83,7 +86,7 @@ def statistics_kernel(
         tl.store(out + (N + i) * tokens + rows, inverse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
     experts,
     previous,
@@ -169,7 +172,7 @@ def _state_gradient(standard, normed_grad, gain, inverse, size):
     return (inner - mean[:, None] - standard * along[:, None]) * inverse[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def backward_kernel(
     experts,
     previous,
