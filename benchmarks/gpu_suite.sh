@@ -109,7 +109,7 @@ build="from mt_deepspeed.kernels.manager_aggregation import build; print(build.l
 kernels=("$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2
     --results "$output/manager_aggregation.csv")
 tests=("$python" -m pytest -v --tb=short -p no:cacheprovider)
-if "$python" -c "import xdist" 2>/dev/null; then tests+=(-n 4); fi
+if "$python" -c "import xdist" 2>/dev/null; then tests+=(-n 8); fi
 train_step=("$python" -m benchmarks.train_step --rounds 5 --results "$output/train_step.csv" --precision)
 profile_step=("$python" -m benchmarks.profile_step --set train.micro_batch_size=32 train.global_batch_size=32)
 
@@ -117,14 +117,15 @@ step about 60 bash -c about
 step packages 120 bash -c packages || lacking="packages are missing (see $log)"
 step build 150 "$python" -c "$build"
 step tests 200 "${tests[@]}" tests/gpu/test_manager_aggregation.py -k "not sanitizer"
-step benchmark 150 "${kernels[@]}" --shapes 6,64,325,768 6,64,50,768 6,64,442,1024
-whole step_base 180 "${train_step[@]}" bf16 --micro-batch 32
+step benchmark 150 "${kernels[@]}" --shapes 6,64,325,768
+whole step_base 220 "${train_step[@]}" bf16 --micro-batch 32
 whole step_cuda 90 env MT_KERNELS=cuda "${train_step[@]}" bf16 --systems ours --micro-batch 32
 whole retrieval 120 "$python" -m benchmarks.retrieval --sizes base --precisions bf16 --items 16 500 --chunks 500 250 \
     --rounds 2 --save "$output/retrieval.csv"
 step profile 60 "${kernels[@]}" --ways eager triton cuda --profile "$output/kernels.txt"
 whole step_profile 90 "${profile_step[@]}" --top 40
 
+step benchmark_shapes 200 "${kernels[@]}" --shapes 6,64,50,768 6,64,442,1024 6,256,325,768
 step benchmark_sizes 200 "${kernels[@]}" --ways eager reference triton cuda
 step sanitizer 300 "${tests[@]}" tests/gpu/test_manager_aggregation.py -k sanitizer
 whole plan_memory 300 "${tests[@]}" tests/gpu/test_plan_memory.py
