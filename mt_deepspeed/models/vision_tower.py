@@ -55,8 +55,18 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-class SelfAttention(Attention):
-    """open_clip's attention, with its parameters, around our own operator."""
+class SelfAttention(nn.Module):
+    """open_clip's attention with its parameters, around our own operator.
+
+    Args:
+        own: The module whose parameters are taken over.
+    """
+
+    def __init__(self, own: Attention) -> None:
+        super().__init__()
+        self.num_heads = own.num_heads
+        self.in_proj_weight, self.in_proj_bias = own.in_proj_weight, own.in_proj_bias
+        self.out_proj = own.out_proj
 
     def forward(self, hidden_BPD: Tensor, attn_mask: None = None) -> Tensor:
         """Same shape; a mask is never given."""
@@ -88,7 +98,7 @@ class _Visual(VisionTransformer):
             block_type="custom",
         )
         for block in self.transformer.resblocks:
-            block.attn = SelfAttention(config.width, config.num_heads)
+            block.attn = SelfAttention(block.attn)
         self.proj = None  # CLIP's projection takes no part in the two-tower model
 
     def forward(self, pixels: Tensor, num_states: int) -> list[Tensor]:
