@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
-from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.single_tower import TextOnly, VisionOnly
 from mt_deepspeed.models.two_tower import TwoTowerModel
-from mt_deepspeed.tasks.heatmaps import pictures
+from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
@@ -130,7 +129,7 @@ class PairClassificationTask(ClassificationTask):
     def __init__(self, config: RunConfig, heads: HeadsConfig) -> None:
         super().__init__(config, TwoTowerModel(config.model))
         attach_heads(self, config.model, heads)
-        self._pictures: dict[str, Tensor] = {}
+        self._gallery = Gallery()
         self._text_len = 0
 
     def features(self, batch: Batch, record: Record | None = None) -> Tensor:
@@ -158,18 +157,15 @@ class PairClassificationTask(ClassificationTask):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and metric; the first time since `heatmaps`, keeps pictures for it."""
-        if self._pictures:
-            return super().eval_step(batch)
-        record: Record = {}
-        with watched(self.model.cross_modal_text_layers[-1:]) as attention:
+        with self._gallery.watch(self.model) as (record, attention):
             logits_BC = self.logits(batch, record)
-        self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
+        if record is not None:
+            self._gallery.hang(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
         return self.metrics(logits_BC, batch)
 
     def heatmaps(self) -> dict[str, Tensor]:
         """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        return self._gallery.take()
 
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
-from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead, attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.partition import whole
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
-from mt_deepspeed.tasks.heatmaps import pictures
+from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch, noise_ids, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
@@ -39,7 +38,7 @@ class FalseTextsTask(nn.Module):
         attach_heads(self, config.model, HeadsConfig(itm=True, rank=True))
         self.itm_score.requires_grad_(False)
         self.loss_weights = {"irtr": 1.0, "itm": 1.0}
-        self._pictures: dict[str, Tensor] = {}
+        self._gallery = Gallery()
         self._text_len = 0
 
     @torch.no_grad()
@@ -104,14 +103,13 @@ class FalseTextsTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies; recall is measured apart."""
-        record: Record | None = None if self._pictures else {}
-        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+        with self._gallery.watch(self.model) as (record, attention):
             losses, report = self._losses(batch, record)
         if record is not None:
             mask = batch["choice_mask"]
             rows, choices, _ = mask.shape
             own = attention[0][: rows * choices : choices]  # an image's own text is the first of its choices
-            self._pictures = pictures(self.model, record, batch["pixels"], own, mask[:, 0])
+            self._gallery.hang(self.model, record, batch["pixels"], own, mask[:, 0])
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
         return report
@@ -122,8 +120,7 @@ class FalseTextsTask(nn.Module):
 
     def heatmaps(self) -> dict[str, Tensor]:
         """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        return self._gallery.take()
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

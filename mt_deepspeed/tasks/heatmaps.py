@@ -1,15 +1,52 @@
 """What of a task is worth a picture: matrices, and pictures with attention over them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mt_deepspeed.models.cross_modal import watched
+from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
 
 SHOWN = 4
 """Pictures beside each other."""
 SIDE = 160
 """Pixels per side of each."""
+
+
+class Gallery:
+    """Pictures of the first batch evaluated since they were last taken."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(self, model: TwoTowerModel) -> Iterator[tuple[Record | None, list[Tensor]]]:
+        """What a forward pass is to fill, and the attention of its last text layer; None and nothing once there are
+        pictures.
+        """
+        record: Record | None = None if self._found else {}
+        with watched(model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+            yield record, attention
+
+    def hang(
+        self,
+        model: TwoTowerModel,
+        record: Record,
+        pixels: Tensor,
+        attention_BHLP: Tensor,
+        text_mask_BL: Tensor,
+    ) -> None:
+        """Keeps `pictures` of what was watched."""
+        self._found = pictures(model, record, pixels, attention_BHLP, text_mask_BL)
+
+    def take(self) -> dict[str, Tensor]:
+        """What is there; the next batch is watched again."""
+        found, self._found = self._found, {}
+        return found
 
 
 def pictures(

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from mt_deepspeed.config import ModelConfig, ObjectivesConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
-from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead, MLMHead, attach_heads
 from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
-from mt_deepspeed.tasks.heatmaps import pictures
+from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch, noise_matching
 from mt_deepspeed.tasks.roles import published_role
 
@@ -54,7 +53,7 @@ class PretrainTask(nn.Module):
             itm=self.has_itm,
         )
         attach_heads(self, model, heads)
-        self._pictures: dict[str, Tensor] = {}
+        self._gallery = Gallery()
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -139,12 +138,12 @@ class PretrainTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies of one evaluation batch; remembers pictures for `heatmaps`."""
-        if not self._pictures:
-            record: dict[str, Tensor] = {}
-            with watched(self.model.cross_modal_text_layers[-1:]) as attention:
+        with self._gallery.watch(self.model) as (record, attention):
+            if record is not None:
                 self._fuse(batch, record)
+        if record is not None:
             pixels = batch["pixels"] if self.has_mlm else batch["pixels"][batch["itm_image_index"]]
-            self._pictures = pictures(self.model, record, pixels, attention[0], batch["text_mask"])
+            self._gallery.hang(self.model, record, pixels, attention[0], batch["text_mask"])
         losses, report = self(batch)
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
@@ -178,8 +177,7 @@ class PretrainTask(nn.Module):
 
     def heatmaps(self) -> dict[str, Tensor]:
         """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        return self._gallery.take()
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

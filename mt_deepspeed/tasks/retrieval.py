@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
-from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, LinearHead, attach_heads
 from mt_deepspeed.models.managers import Record
@@ -21,7 +20,7 @@ from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import ContrastiveResult, contrastive_loss
 from mt_deepspeed.objectives.hard_negatives import draw_negatives, negative_weights
 from mt_deepspeed.objectives.matching import matching_loss
-from mt_deepspeed.tasks.heatmaps import pictures
+from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.roles import published_role
 
@@ -67,7 +66,7 @@ class RetrievalTask(nn.Module):
         )
         attach_heads(self, config.model, heads)
         self.loss_weights = {"itc": 1.0, "itm": 1.0}
-        self._pictures: dict[str, Tensor] = {}
+        self._gallery = Gallery()
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -136,14 +135,11 @@ class RetrievalTask(nn.Module):
 
         Negatives are the likeliest ones, so that nothing is left to chance; the figures depend on the batch size.
         """
-        record: Record | None = None if self._pictures else {}
-        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+        with self._gallery.watch(self.model) as (record, attention):
             losses, report = self._losses(batch, ALONE, drawn=False, record=record)
         if record is not None:  # the batch's own pairs come first
             mask_BL = batch["text_mask"]
-            self._pictures = pictures(
-                self.model, record, batch["pixels"], attention[0][: len(mask_BL)], mask_BL
-            )
+            self._gallery.hang(self.model, record, batch["pixels"], attention[0][: len(mask_BL)], mask_BL)
         for name, count in self.loss_counts(batch).items():
             report[f"{name}_loss"] = pair(losses[name] * count, count)
         return report
@@ -154,8 +150,7 @@ class RetrievalTask(nn.Module):
 
     def heatmaps(self) -> dict[str, Tensor]:
         """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        return self._gallery.take()
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""

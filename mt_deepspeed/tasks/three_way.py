@@ -6,13 +6,12 @@ from torch import Tensor, nn
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
-from mt_deepspeed.models.cross_modal import watched
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import three_way_contrastive_loss
-from mt_deepspeed.tasks.heatmaps import pictures
+from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks
 from mt_deepspeed.tasks.roles import published_role
@@ -37,7 +36,7 @@ class ThreeWayTask(nn.Module):
         self.model = TwoTowerModel(config.model)
         attach_heads(self, config.model, HeadsConfig(fused_itc_size=config.retrieval.itc_size))
         self.loss_weights = {"itc": 1.0}
-        self._pictures: dict[str, Tensor] = {}
+        self._gallery = Gallery()
         self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
@@ -73,11 +72,10 @@ class ThreeWayTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and accuracy within one evaluation batch; they depend on its size."""
-        record: Record | None = None if self._pictures else {}
-        with watched(self.model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
+        with self._gallery.watch(self.model) as (record, attention):
             losses, report = self._loss(batch, ALONE, record)
         if record is not None:
-            self._pictures = pictures(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
+            self._gallery.hang(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
         count = self.loss_counts(batch)["itc"]
         return {**report, "itc_loss": pair(losses["itc"] * count, count)}
 
@@ -87,8 +85,7 @@ class ThreeWayTask(nn.Module):
 
     def heatmaps(self) -> dict[str, Tensor]:
         """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        found, self._pictures = self._pictures, {}
-        return found
+        return self._gallery.take()
 
     def checkpointable_layers(self) -> list[nn.Module]:
         """Layers that activation checkpointing may wrap."""
