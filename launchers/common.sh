@@ -81,6 +81,28 @@ pip_install() {
     )
 }
 
+# require_space FOLDER GB: stop before an installation that would fill the folder's disk.
+require_space() {
+    local free
+    free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 * 1024 / 10 ^ 9) }')
+    if [ "$free" -lt "$2" ]; then
+        fail "installing torch needs $2 GB of disk space in $1, $free GB are free" "make room there, or choose another \
+disk: TMPDIR for what pip unpacks, an active environment for the packages (one that holds torch needs no room)"
+    fi
+}
+
+# require_space_for_torch: 7 GB stay in the environment, 3 GB pass through pip's temporary folder.
+require_space_for_torch() {
+    local temporary=${TMPDIR:-/tmp}
+    if "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then return; fi
+    if [ "$(stat -c %d "$temporary")" = "$(stat -c %d "$ENVIRONMENT")" ]; then
+        require_space "$ENVIRONMENT" 10
+    else
+        require_space "$temporary" 3
+        require_space "$ENVIRONMENT" 7
+    fi
+}
+
 # install_package [EXTRA]: `pip install -e` this folder, unless that was done for the present setup.py and pyproject.toml.
 install_package() {
     local extra=${1:-} stamp key target=$REPO_ROOT
@@ -90,9 +112,10 @@ install_package() {
         say "the package is installed in $ENVIRONMENT"
         return
     fi
+    require_space_for_torch
     if [ -n "$extra" ]; then target="${REPO_ROOT}[$extra]"; fi
     step "installing the package and what it needs into $ENVIRONMENT (torch included: some minutes the first time)" \
-        "read pip's message above; check the network, pip's index settings and the free disk space (7 GB)" \
+        "read pip's message above; check the network, pip's index settings and the free disk space" \
         pip_install "$target"
     printf '%s\n' "$key" >"$stamp"
 }

@@ -121,6 +121,18 @@ def test_failing_step_names_itself_and_the_remedy(clone: Clone) -> None:
     assert len(clone.pip_calls()) == 2, "a failed installation must not count as done"
 
 
+@pytest.mark.parametrize(("free_gb", "status"), [(9, 1), (11, 0)])
+def test_a_full_disk_is_named_before_anything_is_installed(clone: Clone, free_gb: int, status: int) -> None:
+    table = f"#!/bin/sh\necho head\necho disk 1 1 {free_gb * 10**9 // 1024 + 1} 9% /\n"
+    executable(clone.root.parent / "env" / "bin" / "df", table)
+    result = clone.run("launchers/test.sh", "--setup-only", IMPORT_STATUS="1", TMPDIR=str(clone.root.parent))
+    assert result.returncode == status, result.stderr
+    assert len(clone.pip_calls()) == 1 - status
+    if status:
+        assert "needs 10 GB of disk space in" in result.stderr
+        assert f"{free_gb} GB are free" in result.stderr
+
+
 def test_a_step_of_several_commands_stops_at_the_first_that_fails(clone: Clone) -> None:
     script = """set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
