@@ -1,77 +1,17 @@
 """Co-attention layers of the cross-modal encoder (post-norm).
 
-Shapes: B batch, L and K tokens, D hidden, H heads, T text tokens.
+Shapes: B batch, L and K tokens, D hidden, T text tokens.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mt_deepspeed.config.model import CrossModalConfig
-from mt_deepspeed.kernels.attention import attention, dropout
-
-
-class Attention(nn.Module):
-    """Multi-head attention with separate projections, scores scaled by 1 / sqrt(D / H)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
-        """Attends from `hidden` to `context`; `attend` is None or bool, broadcastable to `[B, H, L, K]`."""
-        query, key = self._split(self.query(hidden_BLD)), self._split(self.key(context_BKD))
-        value = self._split(self.value(context_BKD))
-        mixed = attention(query, key, value, attend, self.dropout, self.training)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def weights(self, query_BLD: Tensor, key_BKD: Tensor, attend: Tensor | None) -> Tensor:
-        """The attention of projected queries to keys, `[B, H, L, K]`, which the kernel of `forward` never writes."""
-        query, key = self._split(query_BLD), self._split(key_BKD)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        if attend is not None:
-            scores = scores.masked_fill(~attend, float("-inf"))
-        return scores.softmax(dim=-1)
-
-    def _split(self, projected_BLD: Tensor) -> Tensor:
-        """`[B, H, L, D / H]`."""
-        return projected_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-class Output(nn.Module):
-    """`LN(residual + dropout(dense(x)))`, the end of every sub-layer."""
-
-    def __init__(self, in_size: int, hidden_size: int, eps: float, dropout: float) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_size, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=eps)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Same shape as `residual`."""
-        normed: Tensor = self.LayerNorm(residual + dropout(self.dense(x), self.dropout, self.training))
-        return normed
-
-
-class AttentionBlock(nn.Module):
-    """Attention with its output sub-layer; self-attention when the context is the input."""
-
-    def __init__(self, config: CrossModalConfig) -> None:
-        super().__init__()
-        self.self = Attention(config.hidden_size, config.num_heads, config.dropout)
-        self.output = Output(config.hidden_size, config.hidden_size, config.layer_norm_eps, config.dropout)
-
-    def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
-        """`[B, L, D]`."""
-        result: Tensor = self.output(self.self(hidden_BLD, context_BKD, attend), hidden_BLD)
-        return result
+from mt_deepspeed.models.co_attention import AttentionBlock, Output
 
 
 class Intermediate(nn.Module):
@@ -129,29 +69,14 @@ class CrossModalLayer(nn.Module):
 def watched(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """A list that receives the layers' attention to the other modality, `[B, H, L, K]` each, as they run."""
     seen: list[Tensor] = []
-    projected: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        projected.append(output.detach())
-
-    def note(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        assert isinstance(module, Attention)
-        # What the projections gave: to call them again would gather their weights again (ZeRO-3).
-        query_BLD, key_BKD = projected
-        seen.append(module.weights(query_BLD, key_BKD, inputs[2]))
-        projected.clear()
-
-    hooks: list[Any] = []
-    for layer in layers:
-        assert isinstance(layer, CrossModalLayer)
-        attention = layer.crossattention.self
-        hooks += [part.register_forward_hook(keep) for part in (attention.query, attention.key)]
-        hooks.append(attention.register_forward_hook(note))
+    attentions = [layer.crossattention.self for layer in layers if isinstance(layer, CrossModalLayer)]
+    for attention in attentions:
+        attention.seen = seen
     try:
         yield seen
     finally:
-        for hook in hooks:
-            hook.remove()
+        for attention in attentions:
+            attention.seen = None
 
 
 class Pooler(nn.Module):

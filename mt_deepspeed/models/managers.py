@@ -12,7 +12,6 @@ It returns the input `[B, L, D]` of the next cross-modal layer.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from mt_deepspeed.config.model import LinkConfig, ModelConfig
 from mt_deepspeed.kernels.manager_aggregation import Philox, manager_aggregation, mixing_weights
+from mt_deepspeed.models.projection import Projection, adjoint, by_head, by_item
 
 Record = dict[str, Tensor]
 
@@ -160,19 +160,6 @@ class StaticManager(_Manager):
         return self.aggregate(experts, used, self.affine(), logits, previous_weight, record, statistics, seed)
 
 
-class _Projection(nn.Linear):
-    """A linear map `W x + b` that can also be moved to the other side of a dot product.
-
-    A call, and not attribute access, because ZeRO-3 gathers the parameters of modules that are called.
-    """
-
-    def forward(self, x: Tensor, adjoint: bool = False) -> Any:
-        """`W x + b`; adjoint: the pair `W^T x` and `b^T x`, so that `x (W y + b) = (W^T x) y + b^T x`."""
-        if adjoint:
-            return x @ self.weight, x @ self.bias[:, None]
-        return super().forward(x)
-
-
 class FusionAttention(nn.Module):
     """Single-head attention whose values are the keys' source itself: no value or output projection.
 
@@ -182,8 +169,8 @@ class FusionAttention(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.q_proj = _Projection(size, size)
-        self.k_proj = _Projection(size, size)
+        self.q_proj = Projection(size, size)
+        self.k_proj = Projection(size, size)
 
     def forward(
         self, query_BLD: Tensor, other_BKD: Tensor, attend_B1K: Tensor | None, record: Record | None
@@ -191,10 +178,10 @@ class FusionAttention(nn.Module):
         """`softmax(q k^T / sqrt(D)) other`, `[B, L, D]`."""
         scale = query_BLD.shape[-1] ** -0.5
         if query_BLD.shape[1] <= other_BKD.shape[1]:
-            moved_BLD, shift_BL1 = self.k_proj(self.q_proj(query_BLD) * scale, adjoint=True)
+            moved_BLD, shift_BL1 = self._moved(self.k_proj, self.q_proj(query_BLD) * scale)
             scores_BLK = moved_BLD @ other_BKD.transpose(1, 2) + shift_BL1
         else:
-            moved_BKD, shift_BK1 = self.q_proj(self.k_proj(other_BKD) * scale, adjoint=True)
+            moved_BKD, shift_BK1 = self._moved(self.q_proj, self.k_proj(other_BKD) * scale)
             scores_BLK = query_BLD @ moved_BKD.transpose(1, 2) + shift_BK1.transpose(1, 2)
         if attend_B1K is not None:
             scores_BLK = scores_BLK.masked_fill(~attend_B1K, float("-inf"))
@@ -203,6 +190,10 @@ class FusionAttention(nn.Module):
             record["query_attention"] = attention_BLK.detach()
         # Written out: for one head as wide as the model there is no fused attention to call.
         return attention_BLK @ other_BKD
+
+    def _moved(self, projection: Projection, x_BLD: Tensor) -> list[Tensor]:
+        """`[B, L, D]` and `[B, L, 1]`: `x (W y + b)` is the first times `y`, plus the second."""
+        return [by_item(part, len(x_BLD)) for part in projection(by_head(x_BLD, 1), product=adjoint)]
 
 
 class AdaptiveManager(_Manager):

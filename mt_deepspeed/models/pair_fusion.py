@@ -5,8 +5,6 @@ arithmetic is the same in another order, so results differ by rounding only:
 
 - What follows from one item alone is computed once for it: the experts as each manager reads them, the input of
   the first cross-modal layer, its self-attention, its keys and values.
-- Attention between the modalities projects no image token: a text has some 15 tokens, a picture hundreds, and
-  `(W_q x) (W_k y) = x (W_q^T W_k y)` leaves the choice. The same for values and the output projection.
 - Of the last layer only the first tokens are computed, which is all that the poolers read.
 
 Shapes: B texts, L text tokens, P image tokens, N experts, D width, H heads, E = D / H.
@@ -20,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mt_deepspeed.models.cross_modal import AttentionBlock, CrossModalLayer, Output
+from mt_deepspeed.models.co_attention import AttentionBlock, Output
+from mt_deepspeed.models.cross_modal import CrossModalLayer
 from mt_deepspeed.models.pair_links import Link, arrange
+from mt_deepspeed.models.projection import by_item, joined
 from mt_deepspeed.models.two_tower import Modality, TwoTowerModel
 
 
@@ -84,7 +84,6 @@ class PairFusion:
         config = model.config
         self.dtype = dtype
         self.heads = config.cross_modal.num_heads
-        self.size = config.cross_modal.hidden_size
         self.mask_managers = config.mask_padding_in_managers
         self.standardised_eps = config.link.layer_norm_eps if config.has_managers else None
 
@@ -122,7 +121,7 @@ class PairFusion:
             attend,
             entry,
             self.text_layers[0].attention(entry, entry, attend[:, None, None]),
-            self._few_keys(self.image_layers[0].crossattention, entry, attend),
+            _few_keys(self.image_layers[0].crossattention, entry, attend),
             [link.own(experts) for link in self.text_links[1:]],
         )
 
@@ -148,8 +147,9 @@ class PairFusion:
             text_in = self.text_links[i].mix(texts.own[i - 1], previous[0], previous[1][-1], None)
             image_in = self.image_links[i].mix(image.own[i - 1], previous[1], previous[0][-1], to_image)
             last = i == len(self.text_layers) - 1
-            text = self._text_layer(i, text_in, image_in, texts.attend, last)
-            picture = self._image_layer(i, image_in, text_in, texts.attend, last)
+            attend = texts.attend[:, None, None]
+            text = self.text_layers[i](text_in[:, :1] if last else text_in, image_in, attend, text_in)
+            picture = self._image_layer(i, image_in, text_in, attend, last)
         return torch.cat([self.poolers[0](text), self.poolers[1](picture)], dim=-1)
 
     def _first_layer(self, image: ImageSide, texts: TextSide) -> tuple[Tensor, Tensor]:
@@ -163,25 +163,17 @@ class PairFusion:
         mixed = mixed.transpose(1, 2).reshape(text.shape)
         text = _feed_forward(text_layer, _close(cross.output, mixed, text))
         picture = image.hidden[:1] if only else image.hidden
-        picture = self._to_few(image_layer.crossattention, picture, texts.keys)
+        picture = _to_few(image_layer.crossattention, picture, texts.keys)
         return text, _feed_forward(image_layer, picture)
 
-    def _text_layer(self, i: int, text_in: Tensor, image_in: Tensor, attend_BL: Tensor, last: bool) -> Tensor:
-        layer = self.text_layers[i]
-        own = text_in[:, :1] if last else text_in
-        hidden = layer.attention(own, text_in, attend_BL[:, None, None])
-        return _feed_forward(layer, self._by_few(layer.crossattention, hidden, image_in))
-
     def _image_layer(
-        self, i: int, image_in: Tensor, text_in: Tensor, attend_BL: Tensor, last: bool
+        self, i: int, image_in: Tensor, text_in: Tensor, attend_B11L: Tensor, last: bool
     ) -> Tensor:
         layer = self.image_layers[i]
         if last:
-            hidden = self._by_few(layer.attention, image_in[:, :1], image_in)
-        else:
-            hidden = self._image_attention(i, image_in)
-        keys = self._few_keys(layer.crossattention, text_in, attend_BL)
-        return _feed_forward(layer, self._to_few(layer.crossattention, hidden, keys))
+            return cast(Tensor, layer(image_in[:, :1], text_in, attend_B11L, image_in))
+        hidden = self._image_attention(i, image_in)
+        return _feed_forward(layer, layer.crossattention(hidden, text_in, attend_B11L))
 
     def _image_attention(self, i: int, image_BPD: Tensor) -> Tensor:
         """Self-attention of image tokens; links return them with P outside, which linear maps keep as it is."""
@@ -194,49 +186,6 @@ class PairFusion:
         output = self.image_layers[i].attention.output
         return _close(output, mixed.transpose(0, outside).contiguous(), rows).transpose(0, outside)
 
-    def _few_keys(self, block: AttentionBlock, text_BLD: Tensor, attend_BL: Tensor) -> FewKeys:
-        """Keys and values of texts for the attention `block` of image tokens to them."""
-        attention, rows = block.self, len(text_BLD)
-        scale = (self.size // self.heads) ** -0.5
-        keys, values = (self._by_head(part(text_BLD)) for part in (attention.key, attention.value))
-        keys = keys * scale
-        readers = torch.bmm(keys, attention.query.weight.view(self.heads, -1, self.size))
-        shifts_HBL = torch.bmm(keys, attention.query.bias.view(self.heads, -1, 1)).view(self.heads, rows, -1)
-        shifts_HBL = shifts_HBL.masked_fill(~attend_BL, float("-inf"))
-        out = block.output.dense.weight.T.reshape(self.heads, -1, self.size)
-        return FewKeys(
-            self._by_text(readers, rows),
-            shifts_HBL.transpose(0, 1).flatten(1)[:, None],
-            self._by_text(torch.bmm(values, out), rows),
-        )
-
-    def _to_few(self, block: AttentionBlock, hidden: Tensor, keys: FewKeys) -> Tensor:
-        """Attention of `hidden` `[B, P, D]`, or `[P, D]` for all texts, to texts: `[B, P, D]`."""
-        if hidden.ndim == 2:
-            scores = (hidden @ keys.readers.flatten(0, 1).T).unflatten(1, (len(keys.readers), -1))
-            scores = scores.transpose(0, 1) + keys.shifts
-        else:
-            scores = torch.baddbmm(keys.shifts, hidden, keys.readers.transpose(1, 2))
-        weights = scores.unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(2)
-        mixed = torch.baddbmm(block.output.dense.bias, weights, keys.values).add_(hidden)
-        return cast(Tensor, block.output.LayerNorm(mixed))
-
-    def _by_few(self, block: AttentionBlock, few_BLD: Tensor, image_BPD: Tensor) -> Tensor:
-        """Attention of a few tokens to image tokens, `[B, L, D]`.
-
-        The key's bias adds the same to all scores of a query and falls out of the softmax.
-        """
-        attention, rows = block.self, len(few_BLD)
-        scale = (self.size // self.heads) ** -0.5
-        query = self._by_head(attention.query(few_BLD)) * scale
-        readers = torch.bmm(query, attention.key.weight.view(self.heads, -1, self.size))
-        weights = (self._by_text(readers, rows) @ image_BPD.transpose(1, 2)).softmax(dim=-1)
-        mixed = (weights @ image_BPD).unflatten(1, (self.heads, -1)).transpose(0, 1).flatten(1, 2)
-        value = attention.value.weight.view(self.heads, -1, self.size)
-        mixed = torch.bmm(mixed, value.transpose(1, 2)).unflatten(1, (rows, -1))
-        joined = mixed.permute(1, 2, 0, 3).flatten(2) + attention.value.bias
-        return _close(block.output, joined, few_BLD)
-
     def _read(self, state: Tensor) -> Tensor:
         """What links read of a state: managers its standardised form, bridges itself."""
         if self.standardised_eps is None:
@@ -247,18 +196,25 @@ class PairFusion:
         """`[B, H, K, E]`."""
         return x_BKD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _by_head(self, x_BLD: Tensor) -> Tensor:
-        """`[H, B * L, E]`."""
-        return x_BLD.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-
-    def _by_text(self, x: Tensor, rows: int) -> Tensor:
-        """`[H, B * L, D]` -> `[B, H * L, D]`."""
-        return x.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
-
 
 def _packed(block: AttentionBlock) -> tuple[Tensor, Tensor]:
     parts = [block.self.query, block.self.key, block.self.value]
     return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+
+def _few_keys(block: AttentionBlock, text_BLD: Tensor, attend_BL: Tensor) -> FewKeys:
+    """Keys and values of texts for the attention `block` of image tokens to them."""
+    readers, shifts, values = block.self.to_few(text_BLD, attend_BL[:, None, None])
+    return FewKeys(readers, shifts, by_item(joined(values, block.output.dense.weight), len(text_BLD)))
+
+
+def _to_few(block: AttentionBlock, hidden_PD: Tensor, keys: FewKeys) -> Tensor:
+    """Attention of one image's tokens to all texts: `[B, P, D]`."""
+    scores = (hidden_PD @ keys.readers.flatten(0, 1).T).unflatten(1, (len(keys.readers), -1))
+    scores = scores.transpose(0, 1) + keys.shifts
+    weights = scores.unflatten(-1, (block.self.num_heads, -1)).softmax(dim=-1).flatten(2)
+    mixed = torch.baddbmm(block.output.dense.bias, weights, keys.values).add_(hidden_PD)
+    return cast(Tensor, block.output.LayerNorm(mixed))
 
 
 def _close(output: Output, x: Tensor, residual: Tensor) -> Tensor:
