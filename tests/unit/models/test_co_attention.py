@@ -67,13 +67,12 @@ def inputs(shape: str, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
 def test_result_and_every_gradient_are_those_of_attention_written_out(shape: str, masked: bool) -> None:
     block = make()
     hidden, context, attend = inputs(shape, masked)
-    found = {}
-    for way in (block, written_out):
-        leaves = [hidden.clone().requires_grad_(), context.clone().requires_grad_()]
-        result = way(*leaves, attend) if way is block else written_out(block, *leaves, attend)
-        everything = [*leaves, *block.parameters()]
-        found[way] = [result, *torch.autograd.grad(result.square().sum(), everything)]
-    for ours, theirs in zip(*found.values(), strict=True):
+    leaves = [hidden.requires_grad_(), context.requires_grad_()]
+    found = []
+    for result in (block(*leaves, attend), written_out(block, *leaves, attend)):
+        gradients = torch.autograd.grad(result.square().sum(), [*leaves, *block.parameters()])
+        found.append([result, *gradients])
+    for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
