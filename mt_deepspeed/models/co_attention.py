@@ -54,7 +54,7 @@ class Attention(nn.Module):
             `attend` is False), and the values `[H, B * K, E]`.
         """
         key = self._scaled(self.key(context_BKD))
-        readers, shifts = (by_item(part, len(context_BKD)) for part in self.query(key, product=adjoint))
+        readers, shifts = (by_item(part, context_BKD.shape[1]) for part in self.query(key, product=adjoint))
         shifts = shifts.unflatten(1, (self.num_heads, -1)).permute(0, 3, 1, 2)  # [B, 1, H, K]
         if attend is not None:
             shifts = shifts.masked_fill(~attend, float("-inf"))
@@ -69,9 +69,9 @@ class Attention(nn.Module):
         return dropout(weights, self.dropout, self.training).flatten(2)
 
     def _by_few(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
-        items, heads = len(hidden_BLD), self.num_heads
+        length, heads = hidden_BLD.shape[1], self.num_heads
         query = self._scaled(self.query(hidden_BLD))
-        readers, shifts = (by_item(part, items) for part in self.key(query, product=adjoint))
+        readers, shifts = (by_item(part, length) for part in self.key(query, product=adjoint))
         scores = torch.baddbmm(shifts, readers, context_BKD.transpose(1, 2))
         weights = self._weights(scores.unflatten(1, (heads, -1)), attend).flatten(1, 2)
         # Back from [B, H * L, ...] to heads first.
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             for part in (weights @ context_BKD, weights.sum(dim=-1, keepdim=True))
         )
         value = self.value(mixed, total, product=after_sum)
-        return value.unflatten(1, (items, -1)).permute(1, 2, 0, 3).flatten(2)
+        return value.unflatten(1, (-1, length)).permute(1, 2, 0, 3).flatten(2)
 
     def _weights(self, scores: Tensor, attend: Tensor | None) -> Tensor:
         """Of scores `[B, H, L, K]`."""

@@ -193,7 +193,7 @@ class FusionAttention(nn.Module):
 
     def _moved(self, projection: Projection, x_BLD: Tensor) -> list[Tensor]:
         """`[B, L, D]` and `[B, L, 1]`: `x (W y + b)` is the first times `y`, plus the second."""
-        return [by_item(part, len(x_BLD)) for part in projection(by_head(x_BLD, 1), product=adjoint)]
+        return [by_item(part, x_BLD.shape[1]) for part in projection(by_head(x_BLD, 1), product=adjoint)]
 
 
 class AdaptiveManager(_Manager):

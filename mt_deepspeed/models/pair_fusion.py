@@ -205,7 +205,7 @@ def _packed(block: AttentionBlock) -> tuple[Tensor, Tensor]:
 def _few_keys(block: AttentionBlock, text_BLD: Tensor, attend_BL: Tensor) -> FewKeys:
     """Keys and values of texts for the attention `block` of image tokens to them."""
     readers, shifts, values = block.self.to_few(text_BLD, attend_BL[:, None, None])
-    return FewKeys(readers, shifts, by_item(joined(values, block.output.dense.weight), len(text_BLD)))
+    return FewKeys(readers, shifts, by_item(joined(values, block.output.dense.weight), text_BLD.shape[1]))
 
 
 def _to_few(block: AttentionBlock, hidden_PD: Tensor, keys: FewKeys) -> Tensor:

@@ -30,9 +30,9 @@ def by_head(x_BLD: Tensor, heads: int) -> Tensor:
     return x_BLD.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
-def by_item(x: Tensor, items: int) -> Tensor:
-    """`[H, B * L, X]` -> `[B, H * L, X]`, B being `items`."""
-    return x.unflatten(1, (items, -1)).transpose(0, 1).flatten(1, 2)
+def by_item(x: Tensor, length: int) -> Tensor:
+    """`[H, B * L, X]` -> `[B, H * L, X]`, L being `length`."""
+    return x.unflatten(1, (-1, length)).transpose(0, 1).flatten(1, 2)
 
 
 def adjoint(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,8 @@ def before_sum(weights: Tensor, values: Tensor, weight: Tensor, bias: Tensor) ->
         weights: `[B, K, H * L]`.
         values: `[H, B * L, E]`; heads are columns of `weight` `[D, D]`.
     """
-    return torch.baddbmm(bias, weights, by_item(joined(values, weight), len(weights)))
+    length = weights.shape[-1] // len(values)
+    return torch.baddbmm(bias, weights, by_item(joined(values, weight), length))
 
 
 def joined(values: Tensor, weight: Tensor) -> Tensor:

@@ -67,10 +67,10 @@ def inputs(shape: str, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
 def test_result_and_every_gradient_are_those_of_attention_written_out(shape: str, masked: bool) -> None:
     block = make()
     hidden, context, attend = inputs(shape, masked)
-    leaves = [hidden.requires_grad_(), context.requires_grad_()]
+    leaves = [hidden.requires_grad_(), context.requires_grad_(), *block.parameters()]
     found = []
-    for result in (block(*leaves, attend), written_out(block, *leaves, attend)):
-        gradients = torch.autograd.grad(result.square().sum(), [*leaves, *block.parameters()])
+    for result in (block(hidden, context, attend), written_out(block, hidden, context, attend)):
+        gradients = torch.autograd.grad(result.square().sum(), leaves)
         found.append([result, *gradients])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -85,6 +85,15 @@ def test_the_longer_sequence_meets_no_matrix(shape: str) -> None:
         part.register_forward_hook(lambda module, given, out: projected.append(given[0].shape[-2]))
     block(hidden, context, attend)
     assert (max(projected) < 40) == (shape in FEW | {"alike"})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_of_none(shape: str) -> None:
+    hidden, context, attend = inputs(shape, True)
+    assert attend is not None
+    found = make()(hidden[:0].requires_grad_(), context[:0], attend[:0])
+    assert found.shape == (0, *hidden.shape[1:])
+    found.sum().backward()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
