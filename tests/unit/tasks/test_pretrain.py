@@ -171,8 +171,9 @@ def test_flops_agree_with_the_published_count() -> None:
     base = ModelConfig()
     at_384 = dataclasses.replace(base, vision=dataclasses.replace(base.vision, image_size=384))
     assert forward_flops(at_384, 50, 1, 1, 0) / 2e9 == pytest.approx(105.52 - spared, rel=0.01)
-    # Class features alone: the last image layer's 12 D^2 per token and two attentions for one token instead of 577.
-    class_only = 576 * 768 * (12 * 768 + 2 * 577 + 2 * 50) / 1e9
+    # Class features alone: the last image layer's 12 D^2 per token and two attentions for one token instead of 577;
+    # keys and values, of 577 and 50 tokens, are then met by the 12 heads' readers instead of matrices.
+    class_only = (576 * 768 * (12 * 768 + 2 * 577 + 2 * 50) + (577 + 50) * 2 * 768 * (768 - 12)) / 1e9
     whole, pooled = (forward_flops(at_384, 50, 1, 1, 0, pooled=count) / 2e9 for count in (None, 1))
     assert whole - pooled == pytest.approx(class_only, rel=0.001)
     bridge = dataclasses.replace(at_384, link=dataclasses.replace(base.link, kind="bridge_add"))
