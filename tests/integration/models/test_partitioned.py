@@ -1,5 +1,6 @@
-"""Building, importing, evaluating and exporting while ZeRO-3 keeps every parameter split over two ranks."""
+"""Building, importing, evaluating, differentiating and exporting while ZeRO-3 splits every parameter over two ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,22 @@ DS_CONFIG = {
 def _module(kind: Any, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     module, config = nn.Module(), tiny_config(kind)
+    # 17 image tokens: texts of up to 4 tokens then bear all projections of their attention to pictures.
+    config = replace(config, vision=replace(config.vision, image_size=32))
     module.model = TwoTowerModel(config)
     attach_heads(module, config, HeadsConfig(mlm=True))
     return module
 
 
-def _evaluate(module: Any) -> torch.Tensor:
-    batch = tiny_batch(module.model.config)
-    with torch.no_grad():
-        cls_feats: torch.Tensor = module.eval().model(**batch).cls_feats
+def _evaluate(module: Any, longest: int) -> torch.Tensor:
+    batch = tiny_batch(module.model.config, (longest, 3, 2))
+    cls_feats: torch.Tensor = module.eval().model(**batch).cls_feats
     return cls_feats
 
 
-def _partitioned(place: Any, kind: str, folder: str) -> dict[str, Any]:
+def _partitioned(place: Any, kind: str, longest: int, folder: str) -> dict[str, Any]:
     import deepspeed
+    from deepspeed.utils import safe_get_full_grad
 
     with deepspeed.zero.Init(config_dict_or_path=DS_CONFIG):
         module = _module(kind, seed=place.rank)  # rank 0's draws count
@@ -47,21 +50,32 @@ def _partitioned(place: Any, kind: str, folder: str) -> dict[str, Any]:
     except KeyMismatchError as error:
         refused = str(error)
     report = import_checkpoint(module, f"{folder}/other.safetensors")
-    engine, *_ = deepspeed.initialize(model=module, config=DS_CONFIG)
+    optimizer = torch.optim.AdamW(module.parameters())
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=DS_CONFIG)
     # Before any training step and not through the engine: nothing has taught ZeRO which layer uses what.
-    feats = {"cls_feats": _evaluate(engine.module)}
+    with torch.no_grad():
+        feats = {"cls_feats": _evaluate(engine.module, longest)}
+    engine.backward(_evaluate(engine.module, longest).square().sum())
+    gradients = {name: safe_get_full_grad(one) for name, one in engine.module.named_parameters()}
     exported = plain_state_dict(engine.module, keep=place.rank == 0)
-    for name, tensors in (("initial", initial), ("exported", exported), ("feats", feats)):
+    for name, tensors in (
+        ("initial", initial),
+        ("exported", exported),
+        ("feats", feats),
+        ("gradients", gradients),
+    ):
         torch.save(tensors, f"{folder}/{name}{place.rank}.pt")
     return {"local": local, "refused": refused, "loaded": len(report.loaded)}
 
 
-@pytest.mark.parametrize("kind", ["aaue", "bridge_interpolate"])
-def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "longest"), [("aaue", 9), ("bridge_interpolate", 9), ("aaue", 4)])
+def test_two_ranks_equal_one(kind: str, longest: int, tmp_path: Path) -> None:
     first, other = _module(kind, seed=0), _module(kind, seed=9)
     expected = plain_state_dict(other)
     save_file(expected, tmp_path / "other.safetensors")
-    results = run_ranks(2, _partitioned, kind, str(tmp_path))
+    results = run_ranks(2, _partitioned, kind, longest, str(tmp_path))
+    feats = _evaluate(other, longest)
+    feats.square().sum().backward()
     for name, wanted in (("initial", plain_state_dict(first)), ("exported", expected)):
         found = torch.load(tmp_path / f"{name}0.pt")
         assert found.keys() == wanted.keys()
@@ -71,5 +85,9 @@ def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
         assert result["local"] == 0, "parameters were not split"
         assert "unexpected: surplus.weight" in result["refused"]
         assert result["loaded"] == len(expected)
-        feats = torch.load(tmp_path / f"feats{rank}.pt")["cls_feats"]
-        torch.testing.assert_close(feats, _evaluate(other), rtol=1e-5, atol=1e-6)
+        found = torch.load(tmp_path / f"feats{rank}.pt")["cls_feats"]
+        torch.testing.assert_close(found, feats.detach(), rtol=1e-5, atol=1e-6)
+        gradients = torch.load(tmp_path / f"gradients{rank}.pt")
+        for name, parameter in other.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
