@@ -69,6 +69,12 @@ def test_compiled_and_on_another_stream(backend: str) -> None:
         torch.testing.assert_close(compiled[name], value, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_another_than_the_current_device(backend: str) -> None:
+    check(Case(6, 1, (2, 50, 768), noise="own"), backend, "cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
 def test_no_host_synchronisation(backend: str) -> None:
     arguments = Case(6, 1, (2, 50, 768), adaptive=True, noise="own").arguments("cuda")
     _once(Case(6, 1, (2, 50, 768), adaptive=True, noise="own"), backend)  # compiles

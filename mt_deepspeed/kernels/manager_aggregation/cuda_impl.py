@@ -83,7 +83,7 @@ def statistics(states: list[Tensor], eps: float) -> Tensor:
         problem = _Problem(num_tokens=tokens, size=size, num_experts=len(states), eps=eps)
         with _Call(problem, states[0]) as call:
             call.set_states("states", states)
-            call.set(previous_statistics=out)
+            call.set_outputs(previous_statistics=out)
             call("mt_statistics")
     return out
 
@@ -96,7 +96,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     if tokens:
         with _Call(_problem(a), a.experts[0]) as call:
             _set_common(call, a)
-            call.set(out=out, previous_statistics=previous_statistics)
+            call.set_outputs(out=out, previous_statistics=previous_statistics)
             call("mt_forward")
     return out, previous_statistics
 
@@ -106,7 +106,7 @@ def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradien
     tokens, size = a.experts[0].shape
     n, p = len(a.experts), len(a.previous)
     states = [torch.empty_like(state) for state in (*a.experts, *a.previous)]
-    logits = torch.empty_like(a.logits)
+    logits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
     with _Call(_problem(a), a.experts[0]) as call:
         rows = call.count("mt_backward_rows", of_device=False)
         if not tokens:
@@ -117,14 +117,9 @@ def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradien
                 a.norm_weight.new_empty(s) for s in ((blocks, rows, size), (blocks,))
             )
             _set_common(call, a)
+            call.set(grad=grad, previous_statistics=previous_statistics)
             call.set_states("state_grads", states)
-            call.set(
-                grad=grad,
-                previous_statistics=previous_statistics,
-                logits_grad=logits,
-                partial=partial,
-                partial_temperature=partial_temperature,
-            )
+            call.set_outputs(logits_grad=logits, partial=partial, partial_temperature=partial_temperature)
             call("mt_backward")
     sums = partial.sum(dim=0)  # rows as csrc/backward.h orders them
     num_own = n if a.adaptive else 2 * n
@@ -170,21 +165,24 @@ def _set_common(call: "_Call", a: Arguments) -> None:
 
 
 class _Call:
-    """Fills a problem with tensors, keeps these alive, and calls the library on the current stream."""
+    """Fills a problem with tensors, keeps these alive, and calls the library on their device and its current stream."""
 
     def __init__(self, problem: _Problem, state: Tensor) -> None:
         self.problem = problem
         self.kind = KINDS[state.dtype]
         self.device = state.device
         self.kept: list[Tensor] = []
+        self.guard = torch.cuda.device_of(state)
 
     def __enter__(self) -> "_Call":
+        self.guard.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *raised: Any) -> None:
+        self.guard.__exit__(*raised)
         self.kept.clear()
 
-    def _pointer(self, tensor: Tensor) -> int:
+    def _readable(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
         if tensor.data_ptr() % 16:  # a view into the middle of something
             tensor = tensor.clone()
@@ -193,12 +191,17 @@ class _Call:
 
     def set(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
-            setattr(self.problem, name, None if tensor is None else self._pointer(tensor))
+            setattr(self.problem, name, None if tensor is None else self._readable(tensor))
+
+    def set_outputs(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            assert tensor.is_contiguous(), f"{name}: a copy of an output would be lost"
+            setattr(self.problem, name, tensor.data_ptr())
 
     def set_states(self, name: str, states: list[Tensor]) -> None:
         pointers = getattr(self.problem, name)
         for i, state in enumerate(states):
-            pointers[i] = self._pointer(state)
+            pointers[i] = self._readable(state)
 
     def count(self, name: str, of_device: bool = True) -> int:
         rest = (self.kind, self.device.index or 0) if of_device else ()

@@ -48,9 +48,10 @@ def statistics(states: list[Tensor], eps: float) -> Tensor:
     out = states[0].new_empty((2, len(states), tokens), dtype=torch.float32)
     if tokens:
         block, rows = _tile(size)
-        statistics_kernel[(triton.cdiv(tokens, rows),)](
-            tuple(states), out, tokens, size, eps, len(states), rows, block, num_warps=8
-        )
+        with torch.cuda.device_of(out):  # Triton launches on the current device
+            statistics_kernel[(triton.cdiv(tokens, rows),)](
+                tuple(states), out, tokens, size, eps, len(states), rows, block, num_warps=8
+            )
     return out
 
 
@@ -60,9 +61,10 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(a.experts[0])
     previous_statistics = a.statistics.new_empty((2, len(a.previous), tokens))
     if tokens:
-        forward_kernel[(triton.cdiv(tokens, _tile(size)[1]),)](
-            *_common(a), out, previous_statistics, tokens, size, a.eps, **_constants(a), num_warps=8
-        )
+        with torch.cuda.device_of(out):
+            forward_kernel[(triton.cdiv(tokens, _tile(size)[1]),)](
+                *_common(a), out, previous_statistics, tokens, size, a.eps, **_constants(a), num_warps=8
+            )
     return out, previous_statistics
 
 
@@ -71,26 +73,27 @@ def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradien
     tokens, size = a.experts[0].shape
     num_states = len(a.experts) + len(a.previous)
     states = [torch.empty_like(state) for state in (*a.experts, *a.previous)]
-    logits = torch.empty_like(a.logits)
+    logits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
     programs = min(triton.cdiv(tokens, _tile(size)[1]), _max_programs(grad.device))
     # Per program: sums for gains, biases, and logits or previous weights, [N + P, D] each; the temperature.
     partial = grad.new_zeros((programs, 3, num_states, size), dtype=torch.float32)
     partial_temperature = grad.new_zeros((programs,), dtype=torch.float32)
     if tokens:
-        backward_kernel[(programs,)](
-            *_common(a),
-            previous_statistics,
-            grad,
-            tuple(states),
-            logits,
-            partial,
-            partial_temperature,
-            tokens,
-            size,
-            programs,
-            **_constants(a),
-            num_warps=8,
-        )
+        with torch.cuda.device_of(grad):
+            backward_kernel[(programs,)](
+                *_common(a),
+                previous_statistics,
+                grad,
+                tuple(states),
+                logits,
+                partial,
+                partial_temperature,
+                tokens,
+                size,
+                programs,
+                **_constants(a),
+                num_warps=8,
+            )
     gains, biases, rest = partial.sum(dim=0)
     n = len(a.experts)
     return Gradients(

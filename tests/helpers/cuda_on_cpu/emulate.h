@@ -154,4 +154,3 @@ int resident_blocks(Kernel, int, size_t) {
   return 2;
 }
 inline const char* last_error() { return nullptr; }
-inline void use_device(int) {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     arguments["temperature"] = torch.tensor([0.01])
     found = differentiated(lambda **call: manager_aggregation(**call, backend=backend), arguments)
     assert all(value.isfinite().all() for value in found.values())
+
+
+def test_logits_of_any_strides(backend: str) -> None:
+    arguments = Case(3, 1, (1, 5, 16), adaptive=True, noise="own").arguments()
+
+    def run(**call: Any) -> dict[str, torch.Tensor]:
+        return differentiated(lambda **call: manager_aggregation(**call, backend=backend), call)
+
+    expected = run(**arguments)
+    arguments["logits"] = arguments["logits"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not arguments["logits"].is_contiguous()
+    found = run(**arguments)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])

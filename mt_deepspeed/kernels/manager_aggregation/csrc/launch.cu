@@ -1,6 +1,7 @@
 // The functions that cuda_impl.py calls. Plain C: what they are compiled with need not match torch's build.
 //
-// `kind`: 0 float32, 1 bfloat16, 2 float16. Those that launch return null or an error message.
+// `kind`: 0 float32, 1 bfloat16, 2 float16; `device` is the current one. Those that launch return null or an error
+// message.
 #include <algorithm>
 
 #include "backward.h"
@@ -58,7 +59,6 @@ int forward_blocks(long long warps_needed, int device) {
 extern "C" {
 
 const char* mt_statistics(const Problem* p, int kind, int device, void* stream) {
-  use_device(device);
   const int blocks = forward_blocks(p->num_tokens * p->num_experts, device);
   with_types(*p, kind, [&](auto element, auto) {
     LAUNCH((statistics_kernel<decltype(element)>), blocks, kForwardThreads, 0, static_cast<Stream>(stream), *p);
@@ -67,7 +67,6 @@ const char* mt_statistics(const Problem* p, int kind, int device, void* stream) 
 }
 
 const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
-  use_device(device);
   const int blocks = forward_blocks(p->num_tokens, device);
   with_types(*p, kind, [&](auto element, auto max_experts) {
     LAUNCH((forward_kernel<decltype(element), decltype(max_experts)::value>), blocks, kForwardThreads, 0,
@@ -81,7 +80,6 @@ int mt_backward_rows(const Problem* p) { return num_rows(*p); }
 
 // Number of blocks, which is the first size of `partial` and of `partial_temperature`.
 int mt_backward_blocks(const Problem* p, int kind, int device) {
-  use_device(device);
   int blocks = 0;
   with_types(*p, kind, [&](auto element, auto max_experts) {
     blocks = plan_backward(backward_kernel<decltype(element), decltype(max_experts)::value>, *p, device).blocks;
@@ -90,7 +88,6 @@ int mt_backward_blocks(const Problem* p, int kind, int device) {
 }
 
 const char* mt_backward(const Problem* p, int kind, int device, void* stream) {
-  use_device(device);
   with_types(*p, kind, [&](auto element, auto max_experts) {
     const auto kernel = backward_kernel<decltype(element), decltype(max_experts)::value>;
     const Plan plan = plan_backward(kernel, *p, device);

@@ -69,8 +69,6 @@ inline const char* last_error() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline void use_device(int device) { cudaSetDevice(device); }
-
 #else
 #include "emulate.h"
 #endif
