@@ -21,8 +21,7 @@ from mt_deepspeed.kernels.manager_aggregation.triton_kernels import (
 MAX_EXPERTS, MAX_PREVIOUS, MAX_SIZE = 24, 8, 2048
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
-_TILE = 4096  # elements of a tile: 16 per thread and tensor
-_PROGRAMS_PER_PROCESSOR = 4
+_TILE = 2048  # elements of a tile: 8 per thread and tensor
 
 
 def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
@@ -114,9 +113,10 @@ def _tile(size: int) -> tuple[int, int]:
 
 
 def _max_programs(device: torch.device) -> int:
+    """As many as there are processors: one holds one program of backward at a time."""
     if device.type != "cuda":
         return 3
-    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _common(a: Arguments) -> tuple[Any, ...]:

@@ -9,7 +9,9 @@ tiles, in order, to rows of its own, and these are summed afterwards.
 
 import triton
 import triton.language as tl
+from triton import knobs
 
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # Else Triton compiles anew where one of these becomes 1 or a multiple of 16: up to a minute for the backward kernel.
 _VARYING = ["tokens", "offset", "programs"]
 
@@ -23,6 +25,20 @@ def _moments(x, mask, size, eps):
 
 
 @triton.jit
+def _cosine_and_sine(angle):
+    """Of angles between -pi and pi, where the hardware's are exact to 2^-21; tl.cos and tl.sin are not these."""
+    if _INTERPRETED:
+        return tl.cos(angle), tl.sin(angle)
+    cosine = tl.inline_asm_elementwise(
+        "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    sine = tl.inline_asm_elementwise(
+        "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return cosine, sine
+
+
+@triton.jit
 def _normals(seed, offset, expert: tl.constexpr, rows, BLOCK: tl.constexpr):
     """`noise.philox_normal` of a tile: one Philox block for 8 channels."""
     blocks = tl.arange(0, BLOCK // 8)[None, :].to(tl.uint32)
@@ -32,9 +48,10 @@ def _normals(seed, offset, expert: tl.constexpr, rows, BLOCK: tl.constexpr):
         seed, tokens + zero, zero + expert, blocks + zero, (zero + offset).to(tl.uint32)
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    radius = tl.sqrt(-2.0 * tl.log(((words & 0xFFFF).to(tl.float32) + 0.5) / 65536.0))
-    angle = ((words >> 16).to(tl.float32) + 0.5) * (6.283185307179586 / 65536.0)
-    return tl.interleave(radius * tl.cos(angle), radius * tl.sin(angle))
+    uniform = ((words & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536.0)
+    radius = -tl.sqrt(-2.0 * tl.log(uniform))  # negative, since the angle is half a turn less
+    cosine, sine = _cosine_and_sine(((words >> 16).to(tl.float32) - 32767.5) * (6.283185307179586 / 65536.0))
+    return tl.interleave(radius * cosine, radius * sine)
 
 
 @triton.jit
@@ -51,7 +68,7 @@ def _score(
     noise_scale,
     inverse_temperature,
     tokens,
-    size,
+    size: tl.constexpr,
     N: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     NOISE: tl.constexpr,
@@ -72,7 +89,14 @@ def _score(
 
 @triton.jit(do_not_specialize=_VARYING)
 def statistics_kernel(
-    states, out, tokens, size, eps, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    states,
+    out,
+    tokens,
+    size: tl.constexpr,
+    eps,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One tile per program; `out` is `[2, N, T]`."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -103,7 +127,7 @@ def forward_kernel(
     out,
     previous_statistics,
     tokens,
-    size,
+    size: tl.constexpr,
     eps,
     N: tl.constexpr,
     P: tl.constexpr,
@@ -193,7 +217,7 @@ def backward_kernel(
     partial,
     partial_temperature,
     tokens,
-    size,
+    size: tl.constexpr,
     programs,
     N: tl.constexpr,
     P: tl.constexpr,
