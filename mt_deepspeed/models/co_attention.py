@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
         """What `hidden` gathers from `context`, `[B, L, D]`; `attend` is None or bool `[B, 1, 1, K]`."""
-        if self.few(hidden_BLD, context_BKD):
+        if self.are_few(hidden_BLD, beside=context_BKD):
             return self._by_few(hidden_BLD, context_BKD, attend)
         query, key, value = (
             part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -38,13 +38,13 @@ class Attention(nn.Module):
         mixed = attention(query, key, value, attend, self.dropout, self.training)
         return mixed.transpose(1, 2).flatten(2)
 
-    def few(self, one_BLD: Tensor, other_BKD: Tensor) -> bool:
-        """Whether attention between the two is to have every projection applied to `one`.
+    def are_few(self, tokens_BLD: Tensor, beside: Tensor) -> bool:
+        """Whether attention between `tokens` and `beside` `[B, K, D]` is to apply every projection to `tokens`.
 
-        A token of `other` then meets H * L vectors instead of a D x D matrix. On a CPU that is faster while H * L
-        is below 0.7 D at D = 768, but not at D = 64.
+        One of `beside` then meets H * L vectors instead of a D x D matrix. On a CPU that is faster while H * L is
+        below 0.7 D at D = 768, but not at D = 64.
         """
-        return 2 * one_BLD.shape[1] <= min(other_BKD.shape[1], one_BLD.shape[2] // self.num_heads)
+        return 2 * tokens_BLD.shape[1] <= min(beside.shape[1], tokens_BLD.shape[2] // self.num_heads)
 
     def to_few(self, context_BKD: Tensor, attend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What a longer sequence needs of a short context.
@@ -128,7 +128,7 @@ class AttentionBlock(nn.Module):
     def forward(self, hidden_BLD: Tensor, context_BKD: Tensor, attend: Tensor | None) -> Tensor:
         """`[B, L, D]`; `attend` is None or bool `[B, 1, 1, K]`."""
         attention = self.self
-        if attention.few(context_BKD, hidden_BLD):
+        if attention.are_few(context_BKD, beside=hidden_BLD):
             readers, shifts, values = attention.to_few(context_BKD, attend)
             weights = attention.weights_of_few(hidden_BLD, readers, shifts)
             few: Tensor = self.output(weights, hidden_BLD, values)
