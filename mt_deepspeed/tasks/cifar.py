@@ -10,8 +10,7 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.models.flops import vision_flops
 from mt_deepspeed.models.partition import init_weights
 from mt_deepspeed.models.single_tower import VisionOnly
-from mt_deepspeed.objectives.classification import class_loss
-from mt_deepspeed.tasks.classification import Batch, ClassificationTask, accuracy_points
+from mt_deepspeed.tasks.classification import Batch, ClassificationTask
 from mt_deepspeed.tasks.noise import noise_pixels
 
 
@@ -34,14 +33,6 @@ class CifarTask(ClassificationTask):
         """`[B, C]` of a batch with `pixels`."""
         logits: Tensor = self.cifar_classifier(self.model.encode_image(batch["pixels"])[-1][:, 0])
         return logits
-
-    def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy."""
-        return class_loss(logits_BC, batch["labels"])
-
-    def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """1 for the right class."""
-        return accuracy_points(logits_BC, batch["labels"])
 
     def fake_batch(self, samples: int, text_len: int) -> Batch:
         """See `PretrainTask.fake_batch`; there are no texts."""

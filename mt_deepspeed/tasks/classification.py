@@ -14,11 +14,10 @@ from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.single_tower import TextOnly, VisionOnly
 from mt_deepspeed.models.two_tower import TwoTowerModel
+from mt_deepspeed.objectives.classification import class_loss
+from mt_deepspeed.tasks.base import Batch, published_role
 from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch
-from mt_deepspeed.tasks.roles import published_role
-
-Batch = dict[str, Tensor]
 
 
 class ClassificationTask(nn.Module):
@@ -50,12 +49,13 @@ class ClassificationTask(nn.Module):
         return logits_BC.argmax(dim=-1)
 
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Mean loss of the batch."""
-        raise NotImplementedError
+        """Mean loss of the batch: cross-entropy against `labels`."""
+        return class_loss(logits_BC, batch["labels"])
 
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What each sample's likeliest class earns, and 1 where it counts at all: `[B]`, `[B]`."""
-        raise NotImplementedError
+        """What each sample's likeliest class earns, 1 for the label, and 1 where it counts at all: `[B]`, `[B]`."""
+        right_B = (logits_BC.argmax(dim=-1) == batch["labels"]).double()
+        return right_B, torch.ones_like(right_B)
 
     def fake_batch(self, samples: int, text_len: int) -> Batch:
         """See `PretrainTask.fake_batch`."""
@@ -157,10 +157,8 @@ class PairClassificationTask(ClassificationTask):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and metric; the first time since `heatmaps`, keeps pictures for it."""
-        with self._gallery.watch(self.model) as (record, attention):
+        with self._gallery.watch(self.model, batch["pixels"], batch["text_mask"]) as record:
             logits_BC = self.logits(batch, record)
-        if record is not None:
-            self._gallery.hang(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
         return self.metrics(logits_BC, batch)
 
     def heatmaps(self) -> dict[str, Tensor]:
@@ -181,11 +179,6 @@ def eval_set_names(config: RunConfig) -> list[str]:
         return splits
     names = [f"{dataset.path}:{split}" for dataset, split in zip(config.data.eval, splits, strict=True)]
     return names if len(set(names)) == len(names) else [f"{i}:{name}" for i, name in enumerate(names)]
-
-
-def accuracy_points(logits_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where the likeliest class is the label, and 1 everywhere."""
-    return (logits_BC.argmax(dim=-1) == labels_B).double(), torch.ones_like(labels_B, dtype=torch.float64)
 
 
 def classifier_heads(config: RunConfig, **wanted: bool | int) -> HeadsConfig:

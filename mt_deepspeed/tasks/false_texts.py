@@ -10,19 +10,15 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
-from mt_deepspeed.models.heads import LinearHead, attach_heads
+from mt_deepspeed.models.heads import LinearHead
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.partition import whole
-from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
-from mt_deepspeed.tasks.heatmaps import Gallery
+from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch, noise_ids, noise_matching
-from mt_deepspeed.tasks.roles import published_role
-
-Batch = dict[str, Tensor]
 
 
-class FalseTextsTask(nn.Module):
+class FalseTextsTask(TwoTowerTask):
     """Cross-entropy of the own text among 1 + n, and matching with random images under a frozen head.
 
     The score `rank_output` starts as the matched row of `itm_score` (`rank_from_matching`), which stays as it is.
@@ -32,14 +28,10 @@ class FalseTextsTask(nn.Module):
     rank_output: nn.Linear
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__()
+        super().__init__(config.model, HeadsConfig(itm=True, rank=True))
         self.config = config.retrieval
-        self.model = TwoTowerModel(config.model)
-        attach_heads(self, config.model, HeadsConfig(itm=True, rank=True))
         self.itm_score.requires_grad_(False)
         self.loss_weights = {"irtr": 1.0, "itm": 1.0}
-        self._gallery = Gallery()
-        self._text_len = 0
 
     @torch.no_grad()
     def rank_from_matching(self) -> None:
@@ -75,7 +67,7 @@ class FalseTextsTask(nn.Module):
             [expert[image_rows] for expert in images],
             mask_CL[text_rows],
             record,
-            pooled_from=0 if record is None else None,
+            pooled_from=0,
         )
         scores = self.rank_output(fused.cls_feats[: rows * choices]).view(rows, choices)
         logits = self.itm_score(fused.cls_feats[rows * choices :])
@@ -103,32 +95,18 @@ class FalseTextsTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies; recall is measured apart."""
-        with self._gallery.watch(self.model) as (record, attention):
+        mask = batch["choice_mask"]  # an image's own text is the first of its choices
+        with self._gallery.watch(self.model, batch["pixels"], mask[:, 0], every=mask.shape[1]) as record:
             losses, report = self._losses(batch, record)
-        if record is not None:
-            mask = batch["choice_mask"]
-            rows, choices, _ = mask.shape
-            own = attention[0][: rows * choices : choices]  # an image's own text is the first of its choices
-            self._gallery.hang(self.model, record, batch["pixels"], own, mask[:, 0])
-        for name, count in self.loss_counts(batch).items():
-            report[f"{name}_loss"] = pair(losses[name] * count, count)
-        return report
+        return report | self.loss_sums(losses, batch)
 
     def score(self, metrics: dict[str, float]) -> float:
         """Minus the loss, as the published code chooses its checkpoints."""
         return -metrics["irtr_loss"]
 
-    def heatmaps(self) -> dict[str, Tensor]:
-        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        return self._gallery.take()
-
-    def checkpointable_layers(self) -> list[nn.Module]:
-        """Layers that activation checkpointing may wrap."""
-        return self.model.checkpointable_layers()
-
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
-        tokens = text_len or self._text_len or self.model.config.text.max_positions
+        tokens = self.text_tokens(text_len)
         choices = 1 + self.config.num_false_texts
         return 3 * forward_flops(
             self.model.config,
@@ -139,8 +117,3 @@ class FalseTextsTask(nn.Module):
             texts=choices,
             pooled=choices + 1,
         )
-
-    @staticmethod
-    def parameter_role(name: str) -> str:
-        """See `published_role`."""
-        return published_role(name)

@@ -16,8 +16,8 @@ from mt_deepspeed.models.flops import text_flops
 from mt_deepspeed.models.partition import init_weights
 from mt_deepspeed.models.single_tower import TextOnly
 from mt_deepspeed.models.text_tower import roberta_config
-from mt_deepspeed.objectives.classification import class_loss, score_loss
-from mt_deepspeed.tasks.classification import Batch, ClassificationTask, accuracy_points
+from mt_deepspeed.objectives.classification import score_loss
+from mt_deepspeed.tasks.classification import Batch, ClassificationTask
 from mt_deepspeed.tasks.noise import noise_ids
 
 CLASSES = {
@@ -64,13 +64,13 @@ class GlueTask(ClassificationTask):
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy or squared error."""
         if self.num_classes:
-            return class_loss(logits_BC, batch["labels"])
+            return super().loss(logits_BC, batch)
         return score_loss(logits_BC[:, 0], batch["labels"])
 
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """1 for the right class; of a score, how far it is from the right one."""
         if self.num_classes:
-            return accuracy_points(logits_BC, batch["labels"])
+            return super().points(logits_BC, batch)
         error_B = (self.predictions(logits_BC) - batch["labels"]).abs().double()
         return error_B, torch.ones_like(error_B)
 

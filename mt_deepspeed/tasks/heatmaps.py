@@ -24,24 +24,24 @@ class Gallery:
         self._found: dict[str, Tensor] = {}
 
     @contextmanager
-    def watch(self, model: TwoTowerModel) -> Iterator[tuple[Record | None, list[Tensor]]]:
-        """What a forward pass is to fill, and the attention of its last text layer; None and nothing once there are
-        pictures.
-        """
-        record: Record | None = None if self._found else {}
-        with watched(model.cross_modal_text_layers[-1:] if record is not None else ()) as attention:
-            yield record, attention
+    def watch(
+        self, model: TwoTowerModel, pixels: Tensor, text_mask_BL: Tensor, every: int = 1
+    ) -> Iterator[Record | None]:
+        """What the forward pass inside is to fill; None, and nothing is watched, once there are pictures.
 
-    def hang(
-        self,
-        model: TwoTowerModel,
-        record: Record,
-        pixels: Tensor,
-        attention_BHLP: Tensor,
-        text_mask_BL: Tensor,
-    ) -> None:
-        """Keeps `pictures` of what was watched."""
-        self._found = pictures(model, record, pixels, attention_BHLP, text_mask_BL)
+        Args:
+            model: Runs inside.
+            pixels: `[B or more, 3, S, S]` uint8, the own pictures of the B texts first.
+            text_mask_BL: 1 where a token of these texts is.
+            every: Distance of these texts' rows within the pass; they begin at row 0.
+        """
+        if self._found:
+            yield None
+            return
+        record: Record = {}
+        with watched(model.cross_modal_text_layers[-1:]) as attention:
+            yield record
+        self._found = pictures(model, record, pixels, attention[0][::every], text_mask_BL)
 
     def take(self) -> dict[str, Tensor]:
         """What is there; the next batch is watched again."""

@@ -5,13 +5,7 @@ from torch import Tensor, nn
 
 from mt_deepspeed.config import RunConfig
 from mt_deepspeed.models.managers import Record
-from mt_deepspeed.objectives.classification import class_loss
-from mt_deepspeed.tasks.classification import (
-    Batch,
-    PairClassificationTask,
-    accuracy_points,
-    classifier_heads,
-)
+from mt_deepspeed.tasks.classification import Batch, PairClassificationTask, classifier_heads
 
 
 class Nlvr2Task(PairClassificationTask):
@@ -48,14 +42,6 @@ class Nlvr2Task(PairClassificationTask):
         features: Tensor = self.dropout(torch.cat([fused.cls_feats[:rows], fused.cls_feats[rows:]], dim=-1))
         return features
 
-    def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy."""
-        return class_loss(logits_BC, batch["labels"])
-
     def fake_labels(self, samples: int) -> Batch:
         """True or not."""
         return {"labels": torch.randint(2, (samples,))}
-
-    def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """1 for a right answer."""
-        return accuracy_points(logits_BC, batch["labels"])

@@ -4,24 +4,22 @@ Shapes: B samples, F false images, L text tokens, P image tokens, M masked posit
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mt_deepspeed.config import ModelConfig, ObjectivesConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
-from mt_deepspeed.models.heads import LinearHead, MLMHead, attach_heads
-from mt_deepspeed.models.two_tower import FusionOutput, TwoTowerModel
+from mt_deepspeed.models.heads import LinearHead, MLMHead
+from mt_deepspeed.models.managers import Record
+from mt_deepspeed.models.two_tower import FusionOutput
 from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
-from mt_deepspeed.tasks.heatmaps import Gallery
+from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch, noise_matching
-from mt_deepspeed.tasks.roles import published_role
-
-Batch = dict[str, Tensor]
 
 
-class PretrainTask(nn.Module):
+class PretrainTask(TwoTowerTask):
     """MLM on the masked text with its own picture, ITM on the plain text with its own or a false one.
 
     The published code runs each objective as a forward pass of its own, so that the true pictures pass their
@@ -33,28 +31,21 @@ class PretrainTask(nn.Module):
     itm_score: LinearHead
 
     def __init__(self, model: ModelConfig, objectives: ObjectivesConfig) -> None:
-        super().__init__()
-        self.has_mlm, self.has_itm = objectives.mlm_weight > 0, objectives.itm_weight > 0
-        if not (self.has_mlm or self.has_itm):
+        has_mlm, has_itm = objectives.mlm_weight > 0, objectives.itm_weight > 0
+        if not (has_mlm or has_itm):
             raise ValueError(
                 "objectives: mlm_weight and itm_weight are both 0; at least one must be positive"
             )
-        self.objectives = objectives
-        self.loss_weights = {}
-        if self.has_mlm:
-            self.loss_weights["mlm"] = objectives.mlm_weight
-        if self.has_itm:
-            self.loss_weights["itm"] = objectives.itm_weight
-        self.model = TwoTowerModel(model)
         heads = HeadsConfig(
-            mlm=self.has_mlm,
+            mlm=has_mlm,
             mlm_hidden_act=model.cross_modal.hidden_act,
             mlm_layer_norm_eps=objectives.mlm_layer_norm_eps,
-            itm=self.has_itm,
+            itm=has_itm,
         )
-        attach_heads(self, model, heads)
-        self._gallery = Gallery()
-        self._text_len = 0
+        super().__init__(model, heads)
+        self.objectives, self.has_mlm, self.has_itm = objectives, has_mlm, has_itm
+        weights = {"mlm": objectives.mlm_weight, "itm": objectives.itm_weight}
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
         """Losses of one micro-batch.
@@ -67,7 +58,10 @@ class PretrainTask(nn.Module):
         Returns:
             Mean losses `mlm` and `itm`, and (sum, count) of `mlm_accuracy` and `itm_accuracy`.
         """
-        fused = self._fuse(batch)
+        return self._losses(batch)
+
+    def _losses(self, batch: Batch, record: Record | None = None) -> tuple[dict[str, Tensor], Report]:
+        fused = self._fuse(batch, record)
         losses: dict[str, Tensor] = {}
         report: Report = {}
         batch_size = len(batch["text_mask"])
@@ -138,16 +132,10 @@ class PretrainTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of losses and accuracies of one evaluation batch; remembers pictures for `heatmaps`."""
-        with self._gallery.watch(self.model) as (record, attention):
-            if record is not None:
-                self._fuse(batch, record)
-        if record is not None:
-            pixels = batch["pixels"] if self.has_mlm else batch["pixels"][batch["itm_image_index"]]
-            self._gallery.hang(self.model, record, pixels, attention[0], batch["text_mask"])
-        losses, report = self(batch)
-        for name, count in self.loss_counts(batch).items():
-            report[f"{name}_loss"] = pair(losses[name] * count, count)
-        return report
+        pixels = batch["pixels"] if self.has_mlm else batch["pixels"][batch["itm_image_index"]]
+        with self._gallery.watch(self.model, pixels, batch["text_mask"]) as record:
+            losses, report = self._losses(batch, record)
+        return report | self.loss_sums(losses, batch)
 
     def fill_masks(
         self,
@@ -175,24 +163,11 @@ class PretrainTask(nn.Module):
         """Sum of the accuracies, as the published code chooses its checkpoints."""
         return sum(metrics[f"{name}_accuracy"] for name in self.loss_weights)
 
-    def heatmaps(self) -> dict[str, Tensor]:
-        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        return self._gallery.take()
-
-    def checkpointable_layers(self) -> list[nn.Module]:
-        """Layers that activation checkpointing may wrap."""
-        return self.model.checkpointable_layers()
-
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
-        tokens = text_len or self._text_len or self.model.config.text.max_positions
+        tokens = self.text_tokens(text_len)
         false_images = 0.5 if self.has_itm and self.objectives.itm_negatives == "dataset" else 0.0
         pairs = len(self.loss_weights)
         masked = self.objectives.mlm_probability * tokens if self.has_mlm else 0.0
         pooled = 1.0 if self.has_itm else None
         return 3 * forward_flops(self.model.config, tokens, pairs, 1 + false_images, masked, pooled=pooled)
-
-    @staticmethod
-    def parameter_role(name: str) -> str:
-        """See `published_role`."""
-        return published_role(name)

@@ -14,17 +14,13 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
-from mt_deepspeed.models.heads import ContrastiveHead, LinearHead, attach_heads
+from mt_deepspeed.models.heads import ContrastiveHead, LinearHead
 from mt_deepspeed.models.managers import Record
-from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import ContrastiveResult, contrastive_loss
 from mt_deepspeed.objectives.hard_negatives import draw_negatives, negative_weights
 from mt_deepspeed.objectives.matching import matching_loss
-from mt_deepspeed.tasks.heatmaps import Gallery
+from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch
-from mt_deepspeed.tasks.roles import published_role
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Ranks:
 ALONE = Ranks(0, lambda rows: rows)
 
 
-class RetrievalTask(nn.Module):
+class RetrievalTask(TwoTowerTask):
     """ITC over all ranks, and ITM of each pair, of each text with a hard negative image, and of each image with one.
 
     Negatives are drawn by contrastive similarity from the micro-batches of all ranks, or of the own one
@@ -57,17 +53,11 @@ class RetrievalTask(nn.Module):
     temperature: nn.Parameter
 
     def __init__(self, config: RunConfig, ranks: Ranks = ALONE) -> None:
-        super().__init__()
-        self.config = config.retrieval
-        self.ranks = ranks
-        self.model = TwoTowerModel(config.model)
-        heads = HeadsConfig(
-            itm=True, itc_size=self.config.itc_size, itc_temperature=self.config.itc_temperature
-        )
-        attach_heads(self, config.model, heads)
+        own = config.retrieval
+        heads = HeadsConfig(itm=True, itc_size=own.itc_size, itc_temperature=own.itc_temperature)
+        super().__init__(config.model, heads)
+        self.config, self.ranks = own, ranks
         self.loss_weights = {"itc": 1.0, "itm": 1.0}
-        self._gallery = Gallery()
-        self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
         """Losses of one micro-batch: `pixels [B,3,S,S]`, `text_ids`, `text_mask [B,L]`, `image_ids [B]`.
@@ -110,7 +100,7 @@ class RetrievalTask(nn.Module):
             list(image.unbind(1)),
             mask,
             record,
-            pooled_from=0 if record is None else None,
+            pooled_from=0,
         )
         logits = self.itm_score(fused.cls_feats)
         labels = torch.cat([torch.ones_like(image_label_B), image_label_B, text_label_B])
@@ -135,38 +125,20 @@ class RetrievalTask(nn.Module):
 
         Negatives are the likeliest ones, so that nothing is left to chance; the figures depend on the batch size.
         """
-        with self._gallery.watch(self.model) as (record, attention):
+        with self._gallery.watch(self.model, batch["pixels"], batch["text_mask"]) as record:
             losses, report = self._losses(batch, ALONE, drawn=False, record=record)
-        if record is not None:  # the batch's own pairs come first
-            mask_BL = batch["text_mask"]
-            self._gallery.hang(self.model, record, batch["pixels"], attention[0][: len(mask_BL)], mask_BL)
-        for name, count in self.loss_counts(batch).items():
-            report[f"{name}_loss"] = pair(losses[name] * count, count)
-        return report
+        return report | self.loss_sums(losses, batch)
 
     def score(self, metrics: dict[str, float]) -> float:
         """Accuracy against hard negatives plus accuracy within the batch."""
         return metrics["itm_accuracy"] + metrics["itc_accuracy"]
 
-    def heatmaps(self) -> dict[str, Tensor]:
-        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        return self._gallery.take()
-
-    def checkpointable_layers(self) -> list[nn.Module]:
-        """Layers that activation checkpointing may wrap."""
-        return self.model.checkpointable_layers()
-
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
-        tokens = text_len or self._text_len or self.model.config.text.max_positions
+        tokens = self.text_tokens(text_len)
         return 3 * forward_flops(
             self.model.config, tokens, pairs=3, images=1, masked_tokens=0, texts=1, pooled=3
         )
-
-    @staticmethod
-    def parameter_role(name: str) -> str:
-        """See `published_role`."""
-        return published_role(name)
 
 
 def match_scores(task: Any, cls_feats: Tensor) -> Tensor:

@@ -7,19 +7,15 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.config.model import HeadsConfig
 from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
-from mt_deepspeed.models.heads import ContrastiveHead, attach_heads
+from mt_deepspeed.models.heads import ContrastiveHead
 from mt_deepspeed.models.managers import Record
-from mt_deepspeed.models.two_tower import TwoTowerModel
 from mt_deepspeed.objectives.contrastive import three_way_contrastive_loss
-from mt_deepspeed.tasks.heatmaps import Gallery
+from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch
 from mt_deepspeed.tasks.retrieval import ALONE, Ranks
-from mt_deepspeed.tasks.roles import published_role
-
-Batch = dict[str, Tensor]
 
 
-class ThreeWayTask(nn.Module):
+class ThreeWayTask(TwoTowerTask):
     """One embedding each of the text, of the image and of the fused pair, contrasted two by two over all ranks.
 
     Every other pair is a negative, texts of the same image too.
@@ -31,13 +27,9 @@ class ThreeWayTask(nn.Module):
     logit_scale: nn.Parameter
 
     def __init__(self, config: RunConfig, ranks: Ranks = ALONE) -> None:
-        super().__init__()
+        super().__init__(config.model, HeadsConfig(fused_itc_size=config.retrieval.itc_size))
         self.ranks = ranks
-        self.model = TwoTowerModel(config.model)
-        attach_heads(self, config.model, HeadsConfig(fused_itc_size=config.retrieval.itc_size))
         self.loss_weights = {"itc": 1.0}
-        self._gallery = Gallery()
-        self._text_len = 0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Report]:
         """Loss of one micro-batch: `pixels [B,3,S,S]`, `text_ids`, `text_mask [B,L]`."""
@@ -51,7 +43,7 @@ class ThreeWayTask(nn.Module):
         texts = self.model.encode_text(batch["text_ids"], mask_BL)
         images = self.model.image_experts(self.model.encode_image(batch["pixels"]))
         fused = self.model.fuse_experts(
-            self.model.text_experts(texts), images, mask_BL, record, pooled_from=0 if record is None else None
+            self.model.text_experts(texts), images, mask_BL, record, pooled_from=0
         )
         text_BE = self.itc_text_head(texts[-1][:, 0])
         image_BE = self.itc_image_head(images[-1][:, 0])
@@ -72,28 +64,17 @@ class ThreeWayTask(nn.Module):
 
     def eval_step(self, batch: Batch) -> Report:
         """(sum, count) of loss and accuracy within one evaluation batch; they depend on its size."""
-        with self._gallery.watch(self.model) as (record, attention):
+        with self._gallery.watch(self.model, batch["pixels"], batch["text_mask"]) as record:
             losses, report = self._loss(batch, ALONE, record)
-        if record is not None:
-            self._gallery.hang(self.model, record, batch["pixels"], attention[0], batch["text_mask"])
-        count = self.loss_counts(batch)["itc"]
-        return {**report, "itc_loss": pair(losses["itc"] * count, count)}
+        return report | self.loss_sums(losses, batch)
 
     def score(self, metrics: dict[str, float]) -> float:
         """Accuracy within the batch."""
         return metrics["itc_accuracy"]
 
-    def heatmaps(self) -> dict[str, Tensor]:
-        """Of the first batch evaluated since the last call; see `heatmaps.pictures`."""
-        return self._gallery.take()
-
-    def checkpointable_layers(self) -> list[nn.Module]:
-        """Layers that activation checkpointing may wrap."""
-        return self.model.checkpointable_layers()
-
     def flops_per_sample(self, text_len: int | None = None) -> float:
         """Floating-point operations of forward and backward per sample, at the last batch's or a given text length."""
-        tokens = text_len or self._text_len or self.model.config.text.max_positions
+        tokens = self.text_tokens(text_len)
         return 3 * forward_flops(
             self.model.config, tokens, pairs=1, images=1, masked_tokens=0, texts=1, pooled=1
         )
@@ -102,4 +83,4 @@ class ThreeWayTask(nn.Module):
     def parameter_role(name: str) -> str:
         """See `published_role`; all contrastive heads train like cross-modal layers."""
         is_head = name.startswith("itc_") or name == "logit_scale"
-        return "cross_modal" if is_head else published_role(name)
+        return "cross_modal" if is_head else TwoTowerTask.parameter_role(name)

@@ -143,8 +143,11 @@ def test_objectives_that_are_off_leave_no_head() -> None:
 def test_eval_step_reports_sums_and_manager_weights() -> None:
     task = PretrainTask(tiny_model(), ObjectivesConfig()).eval()
     batch = tiny_batch()
+    passes: list[int] = []
+    task.model.vit_model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         report = task.eval_step(batch)
+    assert len(passes) == 1, "pictures are taken of the same pass"
     assert set(report) == {"mlm_accuracy", "mlm_loss", "itm_accuracy", "itm_loss"}
     assert report["itm_accuracy"][1] == 5
     maps = task.heatmaps()
