@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mt_deepspeed.config import load_config, preset_names
+from mt_deepspeed.config import load_config
+from mt_deepspeed.config.arguments import add_run_arguments
 from mt_deepspeed.engine.gpus import GPUS
 
 
@@ -37,13 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument(
-        "--config", nargs="+", action="extend", default=[], type=Path, help="YAML files over it"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single settings over both"
-    )
+    add_run_arguments(parser)
     parser.add_argument("--deepspeed_config", type=Path, help="default: as the files in ds_configs/")
     parser.add_argument("--nodes", type=_positive, default=1, help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=_positive, default=8, help="default: %(default)s")

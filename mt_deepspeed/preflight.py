@@ -7,27 +7,23 @@ srun python -m mt_deepspeed.preflight --preset managertower-base --deepspeed_con
 names stand in RUN/bad_nodes.txt; 1: the job is at fault on every node; 2: wrong arguments.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
+from mt_deepspeed.config.arguments import add_run_arguments
 from mt_deepspeed.engine.exit_codes import Exit
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; one process per rank."""
-    from mt_deepspeed.train import parser
-
-    commands = parser("mt_deepspeed.preflight", __doc__)
-    commands.add_argument(
-        "--allreduce", action="store_true", help="also measure an all-reduce over all ranks"
-    )
-    args = commands.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
         config = load_config(args.preset, args.config, args.set)
-        code = preflight(config)
+        code = preflight(config, dry=args.dry_run)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if code == Exit.FINISHED and args.allreduce:
@@ -116,6 +112,22 @@ def _faults(root: Path, dataset: DatasetConfig, needed: bool) -> Sequence[str]:
             elif size != shard.bytes:
                 found.append(f"{folder / shard.file}: {size} bytes, the manifest says {shard.bytes}")
     return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mt_deepspeed.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--deepspeed_config", type=Path, help="not read: a run's arguments can be given here")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the data may be missing, and bad_nodes.txt is not written"
+    )
+    parser.add_argument("--allreduce", action="store_true", help="also measure an all-reduce over all ranks")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
 
 
 def _print_bandwidth() -> None:

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mt_deepspeed.config import RunConfig, load_config, preset_names, to_yaml
+from mt_deepspeed.config import RunConfig, load_config, to_yaml
+from mt_deepspeed.config.arguments import add_run_arguments
 from mt_deepspeed.engine import signals
 from mt_deepspeed.engine.exit_codes import Exit
 
@@ -21,7 +22,7 @@ from mt_deepspeed.engine.exit_codes import Exit
 def main(arguments: list[str] | None = None) -> None:
     """The command line; ends with one of `Exit`."""
     signals.install()
-    args = parser("mt_deepspeed.train", __doc__).parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
         config = load_config(args.preset, args.config, args.set)
     except ValueError as error:
@@ -110,18 +111,13 @@ def run(config: RunConfig, deepspeed_config: Path, dry: bool = False) -> Exit:
             launch.shutdown()
 
 
-def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """The arguments that say which run is meant."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mt_deepspeed.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument(
-        "--config", nargs="+", action="extend", default=[], type=Path, help="YAML files over it"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single settings over both"
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--deepspeed_config",
         type=Path,

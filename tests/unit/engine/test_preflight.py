@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mt_deepspeed import preflight as command
+from mt_deepspeed.config import RunConfig
 from mt_deepspeed.engine import preflight
 from mt_deepspeed.engine.exit_codes import Exit
 from mt_deepspeed.engine.launch import Place
@@ -132,3 +134,24 @@ def test_ranks_agree_and_a_drilled_node_is_written_down(tmp_path: Path) -> None:
 def test_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     for said in run_ranks(2, meet, tmp_path, 3, ""):
         assert said.startswith("rank 2 of 3 did not start in time")
+
+
+def test_command_takes_what_a_run_does_and_refuses_what_it_would_ignore(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+
+    def checked(config: RunConfig, dry: bool) -> Exit:
+        asked.append(dry)
+        return Exit.FINISHED
+
+    monkeypatch.setattr(command, "preflight", checked)
+    run = ["--preset", "quickstart", "--deepspeed_config", "ds_configs/zero1.json", "--local_rank=0"]
+    for arguments in (run, [*run, "--dry-run"]):
+        with pytest.raises(SystemExit) as left:
+            command.main(arguments)
+        assert left.value.code == Exit.FINISHED
+    assert asked == [False, True]
+    with pytest.raises(SystemExit) as left:
+        command.main([*run, "--print-config"])
+    assert left.value.code == 2
