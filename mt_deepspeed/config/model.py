@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MANAGERS = ("saue", "aaue", "sae", "aaue_own_query")
-BRIDGES = ("bridge_add", "bridge_scaled_add", "bridge_interpolate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +114,11 @@ class ModelConfig:
     def has_managers(self) -> bool:
         """True for managers, False for bridges."""
         return self.link.kind in MANAGERS
+
+    @property
+    def managers_read_padding(self) -> bool:
+        """Whether the model's results depend on how far texts are padded."""
+        return self.link.kind == "aaue" and not self.mask_padding_in_managers
 
     @property
     def num_text_states(self) -> int:

@@ -36,8 +36,8 @@ class DataConfig:
     padding: Literal["auto", "longest", "max_length"] = "auto"
     """`longest`: pad to the longest text of the micro-batch, padding masked everywhere.
     `max_length`: pad to `max_text_len`, as published ManagerTower weights need (their managers attend to padding).
-    `auto`: `max_length`, with padding visible to the managers, for a run that starts from a published `.ckpt`
-    or has `model.mask_padding_in_managers` off; `longest` otherwise."""
+    `auto`: `max_length` for managers that read padding (`aaue` with `model.mask_padding_in_managers` off, which a
+    start from a published `.ckpt` switches off); `longest` otherwise."""
     train_transform: str = "clip"
     eval_transform: str = "clip"
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -239,16 +239,18 @@ class RunConfig:
             )
         if self.task == "glue":
             _check_glue_splits(self.glue.name, (*self.data.train, *self.data.eval))
-        adaptive = self.model.link.kind in ("aaue", "aaue_own_query") and self.task not in TOWER_OF_TASK
-        masked = self.model.mask_padding_in_managers
+        has_managers = self.task not in TOWER_OF_TASK  # of a two-tower model only
+        model = self.model
         if self.data.padding == "auto":
-            published = (self.checkpoint.init_from or "").endswith(".ckpt")
-            masked = masked and not (published and adaptive)
-            padding: Literal["longest", "max_length"] = "longest" if masked else "max_length"
+            visible = replace(model, mask_padding_in_managers=False)
+            if (self.checkpoint.init_from or "").endswith(".ckpt") and has_managers:
+                model = visible if visible.managers_read_padding else model
+            fixed = has_managers and model.managers_read_padding
+            padding: Literal["longest", "max_length"] = "max_length" if fixed else "longest"
             # The configuration that is printed and kept says what was chosen.
             object.__setattr__(self, "data", replace(self.data, padding=padding))
-            object.__setattr__(self, "model", replace(self.model, mask_padding_in_managers=masked))
-        elif self.data.padding == "longest" and not masked and adaptive:
+            object.__setattr__(self, "model", model)
+        elif self.data.padding == "longest" and has_managers and model.managers_read_padding:
             raise ValueError(
                 "data.padding=longest with model.mask_padding_in_managers=false: the managers would attend to "
                 "padding whose length changes from batch to batch; use data.padding=max_length, or mask it"

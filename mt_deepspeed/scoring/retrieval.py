@@ -25,7 +25,7 @@ from mt_deepspeed.evaluation.kept_scores import KeptScores
 from mt_deepspeed.evaluation.recall import recall
 from mt_deepspeed.pretrained.loading import Pretrained
 from mt_deepspeed.scoring.pairs import PairScorer
-from mt_deepspeed.scoring.states import States, batches, encode, reads_padding
+from mt_deepspeed.scoring.states import States, batches, encode
 
 log = logging.getLogger("mt_deepspeed")
 
@@ -220,7 +220,7 @@ def _identity(
         "image_size": config.model.vision.image_size,
         "transform": config.data.eval_transform,
         "precision": config.train.precision,
-        "text_length": config.data.max_text_len if reads_padding(config.model) else 0,
+        "text_length": config.data.max_text_len if config.model.managers_read_padding else 0,
         "top_k": top_k,
     }
 

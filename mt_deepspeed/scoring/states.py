@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mt_deepspeed.config import ModelConfig, RunConfig
+from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.collate import tokens_and_mask
 from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.engine.launch import Place
@@ -50,11 +50,6 @@ class States:
         return experts, mask if self.text_masks is None else self.text_masks[torch.tensor(chosen)]
 
 
-def reads_padding(model: ModelConfig) -> bool:
-    """Whether the model's results depend on how far texts are padded: managers that attend to padding."""
-    return model.link.kind == "aaue" and not model.mask_padding_in_managers
-
-
 def encode(
     task: Any,
     config: RunConfig,
@@ -80,7 +75,7 @@ def encode(
     model = task.model.config
     dtype = DTYPES[config.train.precision] or torch.float32
     texts, text_of = different_texts(items.tokens)
-    fixed = config.data.max_text_len if reads_padding(model) else None
+    fixed = config.data.max_text_len if model.managers_read_padding else None
     lengths = [fixed or len(ids) for ids in texts]
     side = model.vision.image_size // model.vision.patch_size
     rows = [row for block, keep in zip(images, kept, strict=True) for row in block if keep]

@@ -100,3 +100,12 @@ def test_published_weights_choose_their_padding() -> None:
     assert unmasked.data.padding == "max_length"
     with pytest.raises(ValueError, match=r"data\.padding=longest"):
         load_config("managertower-base", [], ["model.mask_padding_in_managers=false", "data.padding=longest"])
+
+
+@pytest.mark.parametrize("kind", ["saue", "sae", "aaue_own_query", "bridge_add"])
+def test_padding_that_no_manager_reads_may_have_any_length(kind: str) -> None:
+    settings = [f"model.link.kind={kind}", "model.mask_padding_in_managers=false"]
+    for padding in ("auto", "longest"):
+        config = load_config("managertower-base", [], [*settings, f"data.padding={padding}"])
+        assert not config.model.managers_read_padding
+        assert config.data.padding == "longest"
