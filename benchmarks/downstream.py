@@ -39,6 +39,7 @@ from mt_deepspeed.engine.gather import gather_rows
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.loop import train
 from mt_deepspeed.engine.watchdog import Watchdog
+from mt_deepspeed.evaluation.recall import KS
 from mt_deepspeed.evaluation.visual_words import GREY
 from mt_deepspeed.pretrained.loading import keep_answers, load
 from mt_deepspeed.pretrained.starting_weights import check_start, load_starting_weights
@@ -120,13 +121,13 @@ def best_constant(batches: list[Batch]) -> float:
 def mean_recall_by_chance(texts_I: Tensor) -> float:
     """Of rankings drawn at random, given the number of texts of each image."""
     found, total = 0.0, int(texts_I.sum())
-    for k in (1, 5, 10):
+    for k in KS:
         # Some text of the image among k of all; the image among k of all.
         missed_I = torch.ones_like(texts_I, dtype=torch.float64)
         for drawn in range(k):
             missed_I *= (total - texts_I - drawn) / (total - drawn)
         found += float((1 - missed_I).mean()) + min(1.0, k / len(texts_I))
-    return found / 6
+    return found / (2 * len(KS))
 
 
 def curve(run_dir: Path) -> str:

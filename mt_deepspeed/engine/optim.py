@@ -32,15 +32,6 @@ REFERENCE_NO_DECAY = (
     "norm2.bias",
     "norm2.weight",
 )
-REFERENCE_HEADS = (
-    "vqa_classifier",
-    "nlvr2_classifier",
-    "snli_classifier",
-    "mlm_score",
-    "itm_score",
-    "itc_text_head",
-    "itc_image_head",
-)
 MIXING_WEIGHTS = ("layer_scores",)
 
 
@@ -51,13 +42,6 @@ class OptimError(ValueError):
 def reference_decays(name: str) -> bool:
     """Whether the published code applies weight decay to the parameter of this (reference) name."""
     return not any(part in name for part in REFERENCE_NO_DECAY)
-
-
-def reference_role(name: str) -> str:
-    """Learning-rate role the published code gives the parameter of this (reference) name."""
-    if any(part in name for part in REFERENCE_HEADS) and "cross_modal" not in name:
-        return "head"
-    return "cross_modal" if "cross_modal" in name else "tower"
 
 
 def vectors_never_decay(name: str, shape: tuple[int, ...]) -> bool:

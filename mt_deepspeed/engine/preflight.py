@@ -300,17 +300,17 @@ def existing(path: Path) -> Path:
     return path if path.is_dir() else existing(path.parent)
 
 
-def allreduce_gb_per_s(place_device: torch.device, mib: int = 64, repeats: int = 3) -> float:
-    """Bus bandwidth of an all-reduce over all ranks in GB/s; a collective. 0 with one rank.
+def allreduce_gb_per_s(place_device: torch.device) -> float:
+    """Bus bandwidth of an all-reduce of 64 MiB over all ranks in GB/s; a collective. 0 with one rank.
 
     2 (N - 1) / N times the bytes pass every rank's link, whatever the algorithm.
     """
     ranks = dist.get_world_size()
     if ranks == 1:
         return 0.0
-    tensor = torch.zeros(mib << 18, device=place_device)
+    tensor = torch.zeros(64 << 18, device=place_device)
     times = []
-    for _ in range(repeats):  # the first one sets up connections
+    for _ in range(3):  # the first one sets up connections
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(tensor)

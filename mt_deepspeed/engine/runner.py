@@ -10,8 +10,6 @@ from torch import nn
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.protocols import Batch, Report, Task, as_module
 
-PREFIX = "task."
-
 
 class TaskRunner(nn.Module):
     """Runs a task in one of its phases, under autocast."""

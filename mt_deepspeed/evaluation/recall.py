@@ -3,12 +3,13 @@
 Every rank holds the scores of its own images with all texts; the whole matrix is never in one place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 KS = (1, 5, 10)
+"""Cuts."""
 NOT_SCORED = -torch.inf
 """Score of a pair that was left out: it is found by no k."""
 
@@ -44,7 +45,6 @@ def recall(
     image_of_row_R: Tensor | None = None,
     total: Reduce = _alone,
     largest: Reduce = _alone,
-    ks: Sequence[int] = KS,
 ) -> dict[str, float]:
     """Recall in both directions from the scores of all pairs.
 
@@ -54,7 +54,6 @@ def recall(
         image_of_row_R: Number of each row's image; every image is a row of one rank. None: 0, 1, ...
         total: Adds up a tensor over the ranks.
         largest: The element-wise maximum over the ranks.
-        ks: Cuts.
 
     Returns:
         `tr@k` (image to text), `ir@k` (text to image), from 0 to 1, their means `tr_mean` and `ir_mean`, and
@@ -77,10 +76,10 @@ def recall(
     num_images = int(total(torch.tensor(len(scores_RT))))
     found: dict[str, float] = {}
     for name, ranks, count in (("tr", image_ranks_R, num_images), ("ir", text_ranks_T, len(text_ranks_T))):
-        hits = torch.stack([(ranks < k).sum() for k in ks])
+        hits = torch.stack([(ranks < k).sum() for k in KS])
         if name == "tr":
             hits = total(hits)
-        shares = {f"{name}@{k}": int(hit) / count for k, hit in zip(ks, hits, strict=True)}
+        shares = {f"{name}@{k}": int(hit) / count for k, hit in zip(KS, hits, strict=True)}
         found |= {**shares, f"{name}_mean": sum(shares.values()) / len(shares)}
     found["r_mean"] = (found["tr_mean"] + found["ir_mean"]) / 2
     return found

@@ -40,17 +40,8 @@ class ForeignSetup:
     `import_checkpoint(allow_unexpected=...)`."""
 
 
-def from_published_checkpoint(path: Path) -> ForeignSetup:
-    """Reads the configuration that a published ManagerTower / BridgeTower `.ckpt` carries.
-
-    Raises:
-        ValueError: Not such a file, or an option that is not supported.
-    """
-    return from_reference(published_options(path))
-
-
 def published_options(path: Path) -> dict[str, Any]:
-    """The options that a published `.ckpt` carries.
+    """The options that a published ManagerTower / BridgeTower `.ckpt` carries; see `from_reference`.
 
     Raises:
         ValueError: Not such a file.

@@ -55,7 +55,6 @@ _RULES = {
     "hf_roberta": _ROBERTA,
     "clip": _CLIP,
 }
-LAYOUTS = tuple(_RULES)
 
 SCOPES = {"hf_roberta": "text_transformer.", "clip": "vit_model."}
 """Layouts that fill one tower only: parameters outside the prefix are neither loaded nor missing."""

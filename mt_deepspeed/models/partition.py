@@ -26,7 +26,7 @@ def whole(parameter: Tensor, write: bool = True) -> Iterator[None]:
         yield
 
 
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
+def init_weights(module: nn.Module, std: float) -> None:
     """Draws linear and embedding weights from N(0, std^2), zeroes biases and the rows of padding indices.
 
     Layer norms keep their constructor values (1, 0); raw parameters are left alone.

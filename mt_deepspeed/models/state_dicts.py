@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mt_deepspeed.models.key_maps import (
-    LAYOUTS,
     RESIZED_POSITIONS,
     SCALARS,
     SCOPES,
@@ -73,7 +72,6 @@ def import_checkpoint(
     module: nn.Module,
     source: str | Path | Mapping[str, Tensor],
     *,
-    layout: str | None = None,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> KeyReport:
@@ -84,7 +82,6 @@ def import_checkpoint(
         source: A published `.ckpt`, a state dict file (`.safetensors`, `.pt`, `.bin`), a Hugging Face
             RoBERTa or BridgeTower folder or hub name, an open_clip `MODEL:TAG` or CLIP weight file, or a
             state dict. RoBERTa and CLIP weights fill their tower only.
-        layout: One of `key_maps.LAYOUTS`; None: by the tensor names.
         allow_missing: Shell patterns of plain names that may keep their values, e.g. `vqa_classifier.*`.
         allow_unexpected: Shell patterns of plain names that may be left over, e.g. `mlm_score.*`.
 
@@ -96,18 +93,16 @@ def import_checkpoint(
         ValueError: The source cannot be read.
     """
     weights = open_source(source)
-    chosen = layout or detect_layout(weights.names)
-    if chosen not in LAYOUTS:
-        raise ValueError(f"layout {chosen!r}: expected one of {', '.join(LAYOUTS)}")
+    layout = detect_layout(weights.names)
     parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
-    wanted = {name for name in parameters if name.startswith(SCOPES.get(chosen, ""))}
-    found = _own_names(weights, chosen, wanted)
+    wanted = {name for name in parameters if name.startswith(SCOPES.get(layout, ""))}
+    found = _own_names(weights, layout, wanted)
     missing = sorted(wanted - found.keys())
     unexpected = sorted(found.keys() - wanted)
     errors = [f"missing: {name}" for name in missing if not matches(name, tuple(allow_missing))] + [
         f"unexpected: {name}"
         for name in unexpected
-        if not (is_unused(name, chosen) or matches(name, tuple(allow_unexpected)))
+        if not (is_unused(name, layout) or matches(name, tuple(allow_unexpected)))
     ]
     loaded = sorted(wanted & found.keys())
     resized = []
@@ -119,10 +114,10 @@ def import_checkpoint(
         if not _can_adapt(name, has, wants):
             errors.append(f"shape of {name}: found {list(has)}, expected {list(wants)}")
     if errors:
-        raise KeyMismatchError(_describe(weights.label, chosen, errors))
+        raise KeyMismatchError(_describe(weights.label, layout, errors))
     for name in loaded:
         _fill(parameters[name], name, weights, found[name])
-    return KeyReport(weights.label, chosen, tuple(loaded), tuple(resized), tuple(missing), tuple(unexpected))
+    return KeyReport(weights.label, layout, tuple(loaded), tuple(resized), tuple(missing), tuple(unexpected))
 
 
 def plain_state_dict(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class TextTower(nn.Module):
         init_std: See `ModelConfig.init_std`.
     """
 
-    def __init__(self, config: TextTowerConfig, num_states: int, init_std: float = 0.02) -> None:
+    def __init__(self, config: TextTowerConfig, num_states: int, init_std: float) -> None:
         super().__init__()
         self.num_states = num_states
         roberta = roberta_config(config)

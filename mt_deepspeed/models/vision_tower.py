@@ -126,7 +126,6 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionTowerConfig, num_states: int) -> None:
         super().__init__()
         self.num_states = num_states
-        self.patch_size = config.patch_size
         self.visual = _Visual(config)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:

@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mt_deepspeed.models.managers import Record
 from mt_deepspeed.tasks.retrieval import match_scores
 
 
-def outputs(
-    task: Any, text_ids: Tensor, text_mask: Tensor, pixels: Tensor, record: Record | None = None
-) -> dict[str, Tensor]:
+def outputs(task: Any, text_ids: Tensor, text_mask: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     """`text_feats [B,L,D]`, `image_feats [B,P,D]`, `cls_feats [B,2D]`, and the logits of each head by its name.
 
     NLVR2 takes 2B pictures, first ones first, and gives its logits only, as do models of one tower. Contrastive
@@ -26,17 +23,16 @@ def outputs(
         text_ids: `[B, L]` int64.
         text_mask: 1 where a token is, 0 at padding.
         pixels: `[B, 3, S, S]`, uint8, or float and normalised.
-        record: See `TwoTowerModel.fuse`.
     """
     batch = {"text_ids": text_ids, "text_mask": text_mask, "pixels": pixels}
     for name in ("cifar_classifier", "glue_classifier"):  # one tower, which reads its part
         if hasattr(task, name):
             return {name: task.logits(batch)}
     if hasattr(task, "nlvr2_classifier"):
-        return {"nlvr2_classifier": task.logits(batch, record)}
+        return {"nlvr2_classifier": task.logits(batch)}
     model = task.model
     text, image = model.encode_text(text_ids, text_mask), model.encode_image(pixels)
-    fused = model.fuse(text, image, text_mask, record=record)
+    fused = model.fuse(text, image, text_mask)
     found: dict[str, Tensor] = fused._asdict()
     if hasattr(task, "mlm_score"):
         found["mlm_score"] = task.mlm_score(fused.text_feats)

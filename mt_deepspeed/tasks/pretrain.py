@@ -78,7 +78,7 @@ class PretrainTask(TwoTowerTask):
             report["itm_accuracy"] = pair((logits_B2.argmax(dim=-1) == batch["itm_labels"]).sum(), batch_size)
         return losses, report
 
-    def _fuse(self, batch: Batch, record: dict[str, Tensor] | None = None) -> FusionOutput:
+    def _fuse(self, batch: Batch, record: Record | None = None) -> FusionOutput:
         """Both objectives' pairs through towers and fusion: MLM rows first, then ITM rows."""
         mask_BL = batch["text_mask"]
         self._text_len = mask_BL.shape[1]
@@ -138,12 +138,7 @@ class PretrainTask(TwoTowerTask):
         return report | self.loss_sums(losses, batch)
 
     def fill_masks(
-        self,
-        pixels: Tensor,
-        text_ids_BL: Tensor,
-        text_mask_BL: Tensor,
-        chosen_BL: Tensor,
-        record: dict[str, Tensor] | None = None,
+        self, pixels: Tensor, text_ids_BL: Tensor, text_mask_BL: Tensor, chosen_BL: Tensor
     ) -> Tensor:
         """Vocabulary logits `[M, V]` at the positions where bool `chosen_BL` is True, in reading order.
 
@@ -152,10 +147,9 @@ class PretrainTask(TwoTowerTask):
             text_ids_BL: Token ids with mask tokens in them.
             text_mask_BL: 1 where a token is, 0 at padding.
             chosen_BL: bool.
-            record: See `TwoTowerModel.fuse`.
         """
         text, image = self.model.encode_text(text_ids_BL, text_mask_BL), self.model.encode_image(pixels)
-        fused = self.model.fuse(text, image, text_mask_BL, record=record)
+        fused = self.model.fuse(text, image, text_mask_BL)
         logits: Tensor = self.mlm_score(fused.text_feats[chosen_BL])
         return logits
 

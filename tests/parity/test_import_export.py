@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mt_deepspeed import export, load
 from mt_deepspeed.data.text import train_tokenizer
-from mt_deepspeed.models.key_maps import LAYOUTS, hf_bridgetower_name, own_name
+from mt_deepspeed.models.key_maps import hf_bridgetower_name, own_name
 from mt_deepspeed.models.state_dicts import plain_state_dict
 from mt_deepspeed.models.vision_tower import normalise
 from mt_deepspeed.pretrained.foreign import load_foreign
@@ -232,4 +232,3 @@ def test_names_of_the_library_are_inverted(tokenizer: Path) -> None:
         foreign = hf_bridgetower_name(name)
         assert foreign is not None
         assert own_name(foreign, "hf_bridgetower") == name
-    assert "hf_bridgetower" in LAYOUTS

@@ -21,11 +21,11 @@ from mt_deepspeed.engine.optim import (
     lr_factor,
     parameter_groups,
     reference_decays,
-    reference_role,
     set_learning_rates,
     vectors_never_decay,
     warmup_steps,
 )
+from mt_deepspeed.tasks.base import published_role
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(os.environ.get("MT_GOLDEN") or ROOT / "tests" / "golden")
@@ -42,7 +42,7 @@ def test_groups_of_the_published_code(file: Path) -> None:
         for name in group["parameters"]
     }
     shapes = {name: (2, 2) for name in expected}
-    roles = {name: reference_role(name) for name in expected}
+    roles = {name: published_role(name) for name in expected}
     found = {
         name: (multipliers[key.role], 0.01 if key.decays else 0.0)
         for key, names in assign_groups(shapes, roles, "reference").items()

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from mt_deepspeed.config import load_config
-from mt_deepspeed.models.foreign_configs import (
-    from_published_checkpoint,
-    from_reference,
-)
+from mt_deepspeed.models.foreign_configs import from_reference, published_options
 from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 
 OPTIONS: dict[str, Any] = {
@@ -50,7 +47,7 @@ def _without_sources(model: Any) -> Any:
 
 def test_published_managertower_is_the_preset(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": {"config": OPTIONS}}, tmp_path / "pt_base.ckpt")
-    setup = from_published_checkpoint(tmp_path / "pt_base.ckpt")
+    setup = from_reference(published_options(tmp_path / "pt_base.ckpt"))
     preset = _without_sources(load_config("managertower-base").model)
     assert setup.model == replace(preset, mask_padding_in_managers=False)
     assert setup.heads.mlm
@@ -107,4 +104,4 @@ def test_unsupported_library_options_are_named(config: dict[str, Any], message: 
 def test_not_a_published_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"found no hyper_parameters\['config'\]"):
-        from_published_checkpoint(tmp_path / "a.ckpt")
+        published_options(tmp_path / "a.ckpt")
