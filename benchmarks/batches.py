@@ -1,4 +1,4 @@
-"""Pre-training batches of random tokens and pixels, and one-process sessions, for benchmarks that need no data."""
+"""Pre-training batches of random tokens and pixels, for benchmarks that need no data."""
 
 import torch
 from torch import Tensor
