@@ -1,6 +1,6 @@
 """How long a save stops training: in the background against blocking, side by side in one process group.
 
-    deepspeed --num_gpus 2 --module benchmarks.checkpoint [--parameters 20e6] [--steps 40] [--rounds 5]
+    deepspeed --num_gpus 2 --module benchmarks.checkpoint [--parameters 20e6] [--steps 40] [--rounds 5] [--save]
 
 Each round trains the same number of steps three times, in turn: without a save, with a blocking one, and with one in
 the background that is waited for at the end. `stall` is what the save adds to the time of the steps; `call` is how
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.config import CheckpointConfig, RunConfig, TrainConfig
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.build import build
@@ -113,7 +113,7 @@ def measure(
 
 
 def report(args: argparse.Namespace, place: launch.Place, rows: dict[str, list[tuple[float, float]]]) -> None:
-    """Prints the table and appends a row per way to the results."""
+    """Prints the table, and saves it as a row."""
     plain = statistics.median(total for total, _ in rows["none"])
     stall = {way: statistics.median(total for total, _ in rows[way]) - plain for way in WAYS[1:]}
     call = {way: statistics.median(call for _, call in rows[way]) for way in WAYS[1:]}
@@ -126,23 +126,20 @@ def report(args: argparse.Namespace, place: launch.Place, rows: dict[str, list[t
         name: found["background"] / found["blocking"] for name, found in (("call", call), ("stall", stall))
     }
     print(f"ratio       call {ratio['call']:.3f}, stall {ratio['stall']:.3f}")
-    append(
-        args.out,
-        [
-            {
-                "ranks": place.world_size,
-                "zero_stage": args.stage,
-                "precision": args.precision,
-                "parameters": int(args.parameters),
-                "steps": args.steps,
-                "steps_s": round(plain, 3),
-                "blocking_call_s": round(call["blocking"], 4),
-                "background_call_s": round(call["background"], 4),
-                "blocking_stall_s": round(stall["blocking"], 4),
-                "background_stall_s": round(stall["background"], 4),
-            }
-        ],
-    )
+    row = {
+        "ranks": place.world_size,
+        "zero_stage": args.stage,
+        "precision": args.precision,
+        "parameters": int(args.parameters),
+        "steps": args.steps,
+        "steps_s": round(plain, 3),
+        "blocking_call_s": round(call["blocking"], 4),
+        "background_call_s": round(call["background"], 4),
+        "blocking_stall_s": round(stall["blocking"], 4),
+        "background_stall_s": round(stall["background"], 4),
+    }
+    if args.save:
+        append(args.save, [row])
 
 
 def parse() -> argparse.Namespace:
@@ -158,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--folder", help="where to write checkpoints; default: the temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.csv")
+    add_save(parser, "checkpoint.csv")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

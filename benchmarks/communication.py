@@ -7,12 +7,13 @@ adds up the tensors the collectives worked on. No times: bytes do not depend on 
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine import launch
 from mt_deepspeed.engine.build import build
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--save", action="store_true", help="append rows to benchmarks/results")
+    add_save(parser, "communication.csv")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     place = launch.init()
@@ -95,7 +96,7 @@ def measure(config: RunConfig, ds_config: dict[str, Any], place: launch.Place, a
     return Traffic(**sums)
 
 
-def report(rows: list[tuple[int, int, Traffic, Traffic]], ranks: int, save: bool) -> None:
+def report(rows: list[tuple[int, int, Traffic, Traffic]], ranks: int, save: Path | None) -> None:
     """Prints the table; with `save` appends a row per line of it."""
     kinds = ("all_reduce", "all_gather", "reduce_scatter")
     print(f"{ranks} ranks, bytes of one step: logged / formula")
@@ -109,7 +110,7 @@ def report(rows: list[tuple[int, int, Traffic, Traffic]], ranks: int, save: bool
             line |= {f"{kind}_logged": getattr(logged, kind), f"{kind}_formula": getattr(formula, kind)}
         lines.append(line)
     if save:
-        append(RESULTS / "communication.csv", lines)
+        append(save, lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Converting: speed beside a bare decode loop and beside one process with its table in memory, memory, resizing.
 
-    python -m benchmarks.convert speed  [--images N] [--workers 1 2] [--repeats R]
-    python -m benchmarks.convert memory [--sizes 1000 10000 100000]
-    python -m benchmarks.convert resize [--photos FOLDER]
+    python -m benchmarks.convert speed  [--images N] [--workers 1 2] [--repeats R] [--save]
+    python -m benchmarks.convert memory [--sizes 1000 10000 100000] [--save]
+    python -m benchmarks.convert resize [--photos FOLDER] [--save]
 
 Pictures are made: 300 different JPEGs of 500 x 375, hard-linked to as many names as asked for, in CC3M's layout.
 Every way runs in a process of its own; the ways take turns, `--repeats` times, and the table shows medians and the
 median of the ratios within a turn. CPU seconds, which other load on the machine hardly changes, stand beside the
-wall's. Rows go to benchmarks/results/convert.csv.
+wall's.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from data_tools.images import check_image, decode_rgb
 from data_tools.resize import Resize, resized
 
@@ -260,13 +260,6 @@ def resize(
     return rows
 
 
-def write_rows(rows: list[dict[str, object]]) -> None:
-    """Prints a table and appends to the csv file."""
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    append(RESULTS / "convert.csv", [{"results": json.dumps(row)} for row in rows])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
@@ -281,6 +274,8 @@ def main() -> None:
     own.add_argument("--photos", type=Path, help="folder of JPEG files; default: made ones of 640 x 480")
     own.add_argument("--size", type=int, default=288, help="pixels a side that training sees")
     own.add_argument("--repeats", type=int, default=3)
+    for own in commands.choices.values():
+        add_save(own, "convert.csv")
     one = commands.add_parser("one", help="a single run of a way, for this script itself")
     one.add_argument("name", choices=WAYS)
     one.add_argument("raw", type=Path)
@@ -300,7 +295,10 @@ def main() -> None:
             photos = [path.read_bytes() for path in paths] or [made_picture(rng, 640, 480) for _ in range(40)]
             choices = [(384, 90), (384, 95), (384, 80), (288, 90)]
             rows = resize(photos, choices, options.size, options.repeats)
-    write_rows(rows)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if options.save:
+        append(options.save, [{"results": json.dumps(row)} for row in rows])
 
 
 if __name__ == "__main__":

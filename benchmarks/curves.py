@@ -1,13 +1,13 @@
 """Does the fused manager aggregation change how a model learns? Loss curves beside plain autograd.
 
-    python -m benchmarks.curves --shards SHARDS --backends reference [--steps 200]
+    python -m benchmarks.curves --shards SHARDS --backends reference [--steps 200] [--save]
 
 Trains the quickstart's model with the managers' noise on the shards of `launchers/quickstart.sh`, first with the
 formula differentiated by autograd and its noise in memory (`plain`), then with each backend of the operator, which
 makes the noise inside and again in backward. Weights, batches and noise are the same: the curves differ by rounding
 alone, which training amplifies. `other` is `plain` with other noise, to show how much noise by itself moves a curve.
-Writes `benchmarks/results/curves.csv`, the differences to `plain` per 50 steps, and `docs/images/curves.png`. The GPU
-is used if there is one.
+Rows are the differences to `plain` per 50 steps; `--save` adds them to `benchmarks/results/curves.csv` and draws
+`docs/images/curves.png`. The GPU is used if there is one.
 """
 
 import argparse
@@ -24,13 +24,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append, picture_folder
 from mt_deepspeed.config import load_config
 from mt_deepspeed.kernels.manager_aggregation import Philox, philox_normal
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 from mt_deepspeed.models import managers
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "curves.png"
 PART = 50
 """Steps that a row of the table covers."""
 
@@ -143,9 +142,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
-    parser.add_argument("--dry", action="store_true", help="write neither rows nor the picture")
-    parser.add_argument("--results", type=Path, default=RESULTS / "curves.csv")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    add_save(parser, "curves.csv")
     options = parser.parse_args()
     from mt_deepspeed.engine import launch
 
@@ -154,9 +151,9 @@ def main() -> None:
     rows = table(curves)
     for row in rows:
         print(" ".join(f"{key} {value}" for key, value in row.items()))
-    if not options.dry:
-        append(options.results, rows)
-        draw(curves, options.picture)
+    if options.save:
+        append(options.save, rows)
+        draw(curves, picture_folder(options.save) / "curves.png")
     launch.shutdown()
 
 

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.data.images import decode_image, to_tensor
 from mt_deepspeed.data.keyed import Purpose, keyed_generator
 from mt_deepspeed.data.transforms import RECIPES, ImageTransform
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--size", type=int, default=288, help="pixels per side")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/decode.csv")
+    add_save(parser, "decode.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -160,7 +160,7 @@ def main() -> None:
     for name, rate in transform_rates(files, options.size, options.repeats).items():
         print(f"{name:30} {rate:9.0f}")
     if options.save:
-        append(RESULTS / "decode.csv", found)
+        append(options.save, found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.downstream --shards DIR --pretrained quickstart/model-short-seed0 \
         [--tasks vqa snli-ve nlvr2 retrieval false-texts] [--seeds 0 1 2] \
-        [--ways pretrained scratch text_only image_only]
+        [--ways pretrained scratch text_only image_only] [--save]
 
 DIR holds the shards `vqav2`, `snli_ve`, `nlvr2` and `flickr30k` (docs/tasks.md says how to make them) and the
 tokenizer of the pre-trained model. Each run takes the preset `quickstart-<task>`, `false-texts` that of retrieval with
@@ -11,8 +11,9 @@ runs start from the pre-trained model too: `text_only` sees the same grey for ev
 text, in training and in evaluation. Retrieval needs none: a ranking that does not depend on the query is chance.
 Chance is the best constant answer; for retrieval, a draw among the pictures or texts.
 
-Appends a row per run to benchmarks/results/downstream.csv, runs nothing whose row (task, way, seed and number of
-steps) is there, and prints a table of means and spreads over the seeds.
+Prints a table of means and spreads over the seeds. With `--save` each run adds a row to
+benchmarks/results/downstream.csv, nothing is run whose row (task, way, seed and number of steps) is there, and the
+table is that of all rows.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, append, measured
+from benchmarks.record import add_save, append, measured
 from mt_deepspeed.config import DatasetConfig, RunConfig, load_config
 from mt_deepspeed.data.pipeline import TrainStream, eval_batches
 from mt_deepspeed.data.retrieval_items import RetrievalItems
@@ -48,13 +49,13 @@ from mt_deepspeed.tasks import Ranks, build_task
 
 Batch = dict[str, Tensor]
 
-FILE = RESULTS / "downstream.csv"
 DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero0.json"
 TESTED = {"vqa": "val", "snli-ve": "test", "nlvr2": "test1", "retrieval": "test", "false-texts": "test"}
 RANKED = ("retrieval", "false-texts")
 METRIC = {"vqa": "vqa_score", "snli-ve": "accuracy", "nlvr2": "accuracy"} | dict.fromkeys(RANKED, "r_mean")
 WAYS = ("pretrained", "scratch", "text_only", "image_only")
 BLIND = WAYS[2:]
+COLUMNS = ("task", "way", "seed", "steps", "value", "chance")
 
 
 def blind(batch: Batch, way: str) -> Batch:
@@ -137,11 +138,10 @@ def curve(run_dir: Path) -> str:
     return " ".join(f"{step}:{score:.3f}" for step, score in found.items())
 
 
-def table() -> str:
-    """Markdown of the rows that are there: mean and spread (lowest to highest) in per cent."""
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Markdown of rows with `COLUMNS`: mean and spread (lowest to highest) in per cent."""
     found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    columns = ("task", "steps", "way", "seed", "value", "chance")
-    for task, steps, way, _, value, base in measured(FILE, columns):
+    for task, way, _, steps, value, base in rows:
         found[task, int(steps), way].append(100 * float(value))
         found[task, int(steps), "chance"] = [100 * float(base)]
     lines = [f"| task | steps | chance | {' | '.join(WAYS)} |", "|---|---|---|" + "---|" * len(WAYS)]
@@ -163,8 +163,8 @@ def settled(task: str, settings: list[str]) -> RunConfig:
     return load_config(f"quickstart-{task}", (), settings)
 
 
-def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: int) -> None:
-    """One run and its row."""
+def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: int) -> dict[str, object]:
+    """The row of one run."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"data.root={args.shards.resolve()}", f"run_dir={folder}", f"train.seed={seed}"]
         if way != "scratch":
@@ -172,7 +172,7 @@ def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
         config = settled(task, [*settings, *args.set])
         started = time.process_time()
         value, chance = one_run(place, config, task, way)
-        row = {
+        return {
             "task": task,
             "way": way,
             "seed": seed,
@@ -183,22 +183,25 @@ def measure(place: Place, args: argparse.Namespace, task: str, way: str, seed: i
             "curve": curve(Path(folder)),
             "cpu_s": round(time.process_time() - started, 1),
         }
-        append(FILE, [row])
-        print(row, flush=True)
 
 
 def measure_all(place: Place, args: argparse.Namespace) -> None:
     """All runs that have no row yet: seed by seed, so that a job that is cut short leaves whole tables."""
-    done = measured(FILE, ("task", "way", "seed", "steps"))
+    rows = measured(args.save, COLUMNS) if args.save else set()
+    done = {row[:4] for row in rows}
     root = f"data.root={args.shards.resolve()}"
     steps = {task: settled(task, [root, *args.set]).train.max_steps for task in args.tasks}
     for seed in args.seeds:
         for task in args.tasks:
             for way in args.ways:
-                row = (task, way, str(seed), str(steps[task]))
-                if row not in done and not (task in RANKED and way in BLIND):
-                    measure(place, args, task, way, seed)
-    print(table())
+                run = (task, way, str(seed), str(steps[task]))
+                if run not in done and not (task in RANKED and way in BLIND):
+                    found = measure(place, args, task, way, seed)
+                    print(found, flush=True)
+                    rows.add(tuple(str(found[name]) for name in COLUMNS))
+                    if args.save:
+                        append(args.save, [found])
+    print(table(rows))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -212,6 +215,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    add_save(parser, "downstream.csv")
     return parser.parse_args(arguments)
 
 

@@ -5,19 +5,14 @@
 #   bash benchmarks/gpu_suite.sh [OUTPUT_FOLDER [STEP...]]     # default: benchmarks/results/gpu, all steps
 #   DRY=1 bash benchmarks/gpu_suite.sh                         # prints what would run
 #
-# It ends within BUDGET seconds (570) and then names the steps that it did not get done: ask for them in another run
-# (about, packages and build are part of every one). Each step has a limit of its own; a failed one stops no other.
+# Where a job may take only so long, BUDGET=SECONDS ends the suite in time (default: no limit) and names the steps that
+# it did not get done: ask for them in another run (about, packages and build are part of every one). Each step has a
+# limit of its own; a failed one stops no other.
 # All output goes to log.txt as it comes, figures to csv files beside it; with the same folder, steps that are done
 # are not repeated. MT_COMMIT names the commit where there is no git.
 #
 # Needs torch, nvcc, pytest, pytest-timeout and hypothesis; pytest-xdist makes tests faster. Step and retrieval need
-# the package's other requirements too. Where nothing can be installed, what is missing comes along as wheels in
-# .gpu_wheels, which git ignores: copy that folder with the tree. For Python 3.12 and an image with torch,
-# transformers, timm, einops and msgpack, but without DeepSpeed, open_clip and torchdata (7 MB):
-#
-#   get="python -m pip download --only-binary=:all: --python-version 3.12 --dest .gpu_wheels"
-#   $get pydantic ftfy && $get --no-deps hjson open_clip_torch torchdata
-#   python -m pip wheel --no-deps --wheel-dir .gpu_wheels 'deepspeed>=0.19,<0.20'    # has no wheel of its own
+# the package's other requirements too. Wheels in .gpu_wheels are installed first, for machines without network.
 #
 # `curves` is left out unless SHARDS names the shards of launchers/quickstart.sh. `benchmarks.growth` is not here: it
 # measures processor time.
@@ -30,7 +25,7 @@ output=$(cd "$output" && pwd)
 shift $(($# > 0 ? 1 : 0))
 wanted=("$@")
 log=$output/log.txt
-budget=${BUDGET:-570}
+budget=${BUDGET:-1000000}
 failed=() not_reached=() lacking=
 SECONDS=0
 
@@ -110,7 +105,7 @@ kernels=("$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2
     --results "$output/manager_aggregation.csv")
 tests=("$python" -m pytest -v --tb=short -p no:cacheprovider)
 if "$python" -c "import xdist" 2>/dev/null; then tests+=(-n 8); fi
-train_step=("$python" -m benchmarks.train_step --rounds 5 --results "$output/train_step.csv" --precision)
+train_step=("$python" -m benchmarks.train_step --rounds 5 --save "$output/train_step.csv" --precision)
 profile_step=("$python" -m benchmarks.profile_step --set train.micro_batch_size=32 train.global_batch_size=32)
 
 step about 60 bash -c about
@@ -140,7 +135,7 @@ whole step_long_texts 120 "${train_step[@]}" bf16 --micro-batch 32 --text-tokens
 step benchmark_fp32 60 "${kernels[@]}" --dtype float32 --shapes 6,64,325,768
 if [ -n "${SHARDS:-}" ]; then
     whole curves 200 "$python" -m benchmarks.curves --shards "$SHARDS" --backends reference triton cuda \
-        --results "$output/curves.csv" --picture "$output/curves.png"
+        --save "$output/curves.csv"
 fi
 
 if [ ${#not_reached[@]} -gt 0 ]; then echo "no time for: ${not_reached[*]}" | tee -a "$log"; fi

@@ -1,6 +1,6 @@
 """How a step's cost grows with batch, text length, resolution and number of managed layers.
 
-    python -m benchmarks.growth
+    python -m benchmarks.growth [--save]
 
 Forward and backward of pre-training, in float32 on the CPU, of a model that is small enough to be tried at 22 points:
 towers of 6 layers, 3 cross-modal layers, all 256 wide, pictures of 224 px, 2 samples, texts of 16 tokens, 6 managed
@@ -8,7 +8,7 @@ layers; one of these changes at a time. `ours` beside `plain` (`benchmarks.plain
 Seconds are processor time, the smallest of several rounds in which both take turns; memory is the most bytes alive
 at once besides parameters and gradients, counted as in `benchmarks.step_counts`. `steepest` is the largest ratio
 between growth of the time and growth of the operations from one point to the next: 1.0 means time follows operations.
-Rows go to `benchmarks/results/growth.csv`, the plots to `docs/images/growth.png`.
+`--save` adds rows to `benchmarks/results/growth.csv` and draws `docs/images/growth.png`.
 """
 
 import argparse
@@ -21,13 +21,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.batches import make_batch
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append, picture_folder
 from benchmarks.step_counts import WITHOUT_FILES, PlainTask, on_fake_tensors
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.planning.activations import peak_bytes
 from mt_deepspeed.tasks import build_task
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 BASE = {"batch": 2, "text tokens": 16, "pixels a side": 224, "managed layers": 6}
 AXES = {
     "batch": (1, 2, 3, 4, 6, 8),
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
-    parser.add_argument("--dry", action="store_true", help="write neither rows nor the picture")
+    add_save(parser, "growth.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, dict[str, list[Point]]] = {}
@@ -141,9 +140,9 @@ def main() -> None:
                 print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
         for name, points in found[axis].items():
             print(f"{axis}, {name}: steepest {steepest(points):.2f}")
-    if not options.dry:
-        append(RESULTS / "growth.csv", rows)
-        draw(found, PICTURE)
+    if options.save:
+        append(options.save, rows)
+        draw(found, picture_folder(options.save) / "growth.png")
 
 
 if __name__ == "__main__":

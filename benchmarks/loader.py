@@ -40,7 +40,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from benchmarks.convert import made_picture
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from data_tools.shard_format import (
     CAPTION_SCHEMA,
     ROWS_PER_BATCH,
@@ -334,7 +334,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=7, help="at least 2")
     parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/loader.csv")
+    add_save(parser, "loader.csv")
     options = parser.parse_args()
     if options.turns < 2:
         parser.error(f"--turns: found {options.turns}, expected at least 2, since quartiles are reported")
@@ -384,7 +384,7 @@ def report(
     total = sum(spent.values())
     print("ours, by part: " + ", ".join(f"{n} {ms:.2f} ms ({ms / total:.0%})" for n, ms in spent.items()))
     if options.save:
-        append(RESULTS / "loader.csv", found)
+        append(options.save, found)
 
 
 if __name__ == "__main__":

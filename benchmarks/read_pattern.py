@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from data_tools.shard_format import (
     CAPTION_SCHEMA,
     ROWS_PER_BATCH,
@@ -150,17 +150,20 @@ def shuffle() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["index", "shuffle", "walk"])
-    parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
-    parser.add_argument("--save", action="store_true", help="add rows to benchmarks/results/")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("index", "shuffle"):
+        add_save(commands.add_parser(name), f"read_{name}.csv")
+    commands.choices["index"].add_argument(
+        "--pairs", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000]
+    )
+    commands.add_parser("walk", help="a part of `index`, for this script itself").add_argument("folder")
     options = parser.parse_args()
     if options.what == "walk":
         print(json.dumps(walk(options.folder)))
         return
     rows = index(options.pairs) if options.what == "index" else shuffle()
     if options.save:
-        append(RESULTS / f"read_{options.what}.csv", rows)
+        append(options.save, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""Rows of measurements in `benchmarks/results/NAME.csv`, each with where and how it was measured."""
+"""Rows of measurements in `benchmarks/results/NAME.csv`, each with where and how it was measured.
 
+Every script prints what it finds, and writes rows and pictures only if `--save` is given.
+"""
+
+import argparse
 import csv
 import os
 import platform
@@ -12,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = RESULTS.parents[1] / "docs" / "images"
 PACKAGES = {
     "torch": "torch",
     "deepspeed": "deepspeed",
@@ -22,6 +27,23 @@ PACKAGES = {
 }
 
 Row = Mapping[str, object]
+
+
+def add_save(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds `--save [FILE]`: a path, `benchmarks/results/NAME` where no file is given, None without the option."""
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=RESULTS / name,
+        metavar="FILE",
+        help=f"add rows to this file (default: benchmarks/results/{name})",
+    )
+
+
+def picture_folder(saved: Path) -> Path:
+    """Where the pictures of a file of rows belong: docs/images for those of the repository, else beside it."""
+    return IMAGES if saved.parent == RESULTS else saved.parent
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

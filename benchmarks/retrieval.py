@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_step import fuse_stacks
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.launch import Place, keep_freed_memory
 from mt_deepspeed.engine.precision import DTYPES, autocast
@@ -239,13 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--plan", action="store_true", help="count operations and predict instead of measuring"
     )
-    parser.add_argument(
-        "--save",
-        nargs="?",
-        type=Path,
-        const=RESULTS / "retrieval.csv",
-        help="add rows to this file (default: benchmarks/results/retrieval.csv)",
-    )
+    add_save(parser, "retrieval.csv")
     args = parser.parse_args()
     if args.plan:
         plan()

@@ -1,10 +1,10 @@
-"""Predicts step time, efficiency, data rate and failures from 8 to 1,024 GPUs, and draws docs/images/scaling-*.png.
+"""Predicts step time, efficiency, data rate and failures from 8 to 1,024 GPUs.
 
     python -m benchmarks.scaling [--gpu h200] [--mfu 0.35] [--inside 450] [--between 400 50 12.5] [--save]
 
 Nothing here is measured. Counted on the real models: parameters, FLOPs, bytes that the ranks exchange. Assumed, and
 printed: the share of the GPU's peak that is reached, the links, how much communication hides behind the backward
-pass, bytes per picture, and how often a GPU fails.
+pass, bytes per picture, and how often a GPU fails. `--save` adds rows and draws docs/images/scaling-*.png.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append, picture_folder
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.gpus import GPUS
 from mt_deepspeed.planning.communication import Network, step_traffic
@@ -141,8 +141,7 @@ def main() -> None:
         default=[400.0, 50.0, 12.5],
         help="GB/s each way between nodes, all cards of a node together; plots and table are for the first",
     )
-    parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--save", action="store_true", help="append the table to benchmarks/results")
+    add_save(parser, "scaling.csv")
     args = parser.parse_args()
     found: dict[float, list[Point]] = {speed: [] for speed in args.between}
     for name, (preset, changes, stage, most) in MODELS.items():
@@ -158,12 +157,13 @@ def main() -> None:
     best = found[args.between[0]]
     print_table(best)
     print_efficiency(found)
-    draw(best, args.images, f"{args.gpu}, {args.mfu:.0%} of its peak, {args.between[0]:g} GB/s between nodes")
     if args.save:
+        what = f"{args.gpu}, {args.mfu:.0%} of its peak, {args.between[0]:g} GB/s between nodes"
+        draw(best, picture_folder(args.save), what)
         for speed, points in found.items():
             assumed = f"gpu={args.gpu} mfu={args.mfu} inside={args.inside} between={speed}"
             rows = [{"kind": "predicted", "assumed": assumed, **asdict(point)} for point in points]
-            append(RESULTS / "scaling.csv", rows)
+            append(args.save, rows)
 
 
 def print_table(points: list[Point]) -> None:
@@ -196,7 +196,6 @@ def draw(points: list[Point], folder: Path, what: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "efficiency": ("share of the step spent computing", lambda p: p.efficiency, "linear"),
         "step": ("seconds per step", lambda p: p.step_s, "log"),

@@ -1,6 +1,6 @@
 """What a step of pre-training needs, counted without computing it: operations and memory per sample.
 
-    python -m benchmarks.step_counts --precision fp32 bf16 --checkpointing 0 1 2
+    python -m benchmarks.step_counts --precision fp32 bf16 --checkpointing 0 1 2 [--save]
     python -m benchmarks.step_counts --systems ours plain --set model.vision.image_size=384
     python -m benchmarks.step_counts --profiler
 
@@ -8,8 +8,8 @@ The model runs forward and backward on tensors without values, whose shapes, typ
 `gflop` are matrix products, convolution and attention, those done again by activation checkpointing included.
 `mib` is what the most bytes alive at once grow by with one more sample, with the operators of a GPU
 (`mt_deepspeed.planning.activations`); parameters, their gradients and the optimizer are no part of it. `plain` pads
-texts to `data.max_text_len`. Rows go to `benchmarks/results/step_counts.csv`; `--profiler` instead compares our count
-of a forward pass with that of DeepSpeed's profiler, which runs it.
+texts to `data.max_text_len`. `--profiler` instead compares our count of a forward pass with that of DeepSpeed's
+profiler, which runs it; its rows stand in `step_flops.csv` beside the others'.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.batches import make_batch
 from benchmarks.plain_step import PlainPretraining, pad_texts
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.planning.activations import SIZES, peak_bytes, recompute
@@ -125,7 +125,7 @@ def main() -> None:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
     parser.add_argument("--profiler", action="store_true", help="compare with DeepSpeed's profiler and stop")
-    parser.add_argument("--dry", action="store_true", help="write no rows")
+    add_save(parser, "step_counts.csv")
     options = parser.parse_args()
     os.environ.setdefault("MT_KERNELS", "reference")  # the operator, as on a GPU
     rows: list[dict[str, object]] = []
@@ -145,8 +145,8 @@ def main() -> None:
             rows.append({"preset": options.preset, "settings": " ".join(options.set), **named, **found})
     for row in rows:
         print(" ".join(f"{key} {value}" for key, value in row.items()))
-    if not options.dry:
-        append(RESULTS / ("step_flops.csv" if options.profiler else "step_counts.csv"), rows)
+    if options.save:
+        append(options.save.with_name("step_flops.csv") if options.profiler else options.save, rows)
 
 
 if __name__ == "__main__":

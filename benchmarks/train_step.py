@@ -1,6 +1,6 @@
 """One optimizer step of pre-training: ours, the published way in plain PyTorch, and transformers' BridgeTower.
 
-    python -m benchmarks.train_step --micro-batch 2 4 --precision fp32 bf16
+    python -m benchmarks.train_step --micro-batch 2 4 --precision fp32 bf16 [--save]
     python -m benchmarks.train_step --systems bridge transformers --stage 0 1 2 3 --checkpointing 0 1
 
 Systems: `ours` and `plain` train ManagerTower, `bridge` (ours) and `transformers` BridgeTower, in the sizes of
@@ -10,7 +10,7 @@ anything is timed, dropout and noise are switched off and both systems of a mode
 Systems take turns in one process on the same batches; `cpu_s` is processor time, which other programs on the machine
 disturb less than the wall clock, `update_s` the optimizer's part of `wall_s` (on a CPU). TFLOP/s and MFU count the
 operations that our step needs, for every system. `kept` is what a forward pass leaves for backward; for peaks, and
-with checkpointing, see `benchmarks.growth`. Rows go to `benchmarks/results/train_step.csv`.
+with checkpointing, see `benchmarks.step_counts`.
 """
 
 import argparse
@@ -22,14 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.batches import make_batch
-from benchmarks.record import RESULTS, append
+from benchmarks.record import add_save, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.precision import autocast
 from mt_deepspeed.engine.runner import to_device
@@ -296,8 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS / "train_step.csv")
-    parser.add_argument("--dry", action="store_true", help="write no rows")
+    add_save(parser, "train_step.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from mt_deepspeed.engine import launch
@@ -309,8 +307,8 @@ def main() -> None:
             rows = compare(options, Setting(*values), place, folder)
         for one in rows:
             print(" ".join(f"{key} {value}" for key, value in one.items()))
-        if not options.dry:
-            append(options.results, rows)
+        if options.save:
+            append(options.save, rows)
     launch.shutdown()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import downstream
+from benchmarks.record import measured
 from data_tools.cli import main
 from mt_deepspeed.config import load_config
 from mt_deepspeed.data.pipeline import eval_batches
@@ -50,11 +51,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_benchmark(place: Place, world: Path, file: Path) -> str:
-    downstream.FILE = file
     arguments = ["--shards", str(world), "--pretrained", str(world / "model"), "--seeds", "0"]
-    arguments += ["--set", *SETTINGS, "classifier.num_answers=10"]
+    arguments += ["--save", str(file), "--set", *SETTINGS, "classifier.num_answers=10"]
     downstream.measure_all(place, downstream.parse(arguments))
-    return downstream.table()
+    return downstream.table(measured(file, downstream.COLUMNS))
 
 
 @pytest.mark.slow
