@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    from mt_deepspeed.predict import rank
     from mt_deepspeed.pretrained import drawings, sightings  # torch and matplotlib take seconds to import
+    from mt_deepspeed.pretrained.asking import rank
     from mt_deepspeed.pretrained.loading import load
     from mt_deepspeed.pretrained.questions import pictures_in
 
