@@ -39,9 +39,9 @@ from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.launch import Place, keep_freed_memory
 from mt_deepspeed.engine.precision import DTYPES, autocast
 from mt_deepspeed.evaluation.recall import NOT_SCORED
-from mt_deepspeed.evaluation.state_cache import StateCache
 from mt_deepspeed.models.pair_fusion import PairFusion
 from mt_deepspeed.scoring.pairs import PairScorer
+from mt_deepspeed.scoring.state_cache import StateCache
 from mt_deepspeed.scoring.states import States, batches
 from mt_deepspeed.tasks import build_task
 from mt_deepspeed.tasks.retrieval import match_scores

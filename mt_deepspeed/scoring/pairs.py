@@ -17,7 +17,7 @@ from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES
 from mt_deepspeed.evaluation.recall import NOT_SCORED
 from mt_deepspeed.models.pair_fusion import ImageSide, PairFusion, TextSide
-from mt_deepspeed.scoring.states import States, batches
+from mt_deepspeed.scoring.states import States, batches, not_numbers
 from mt_deepspeed.tasks.retrieval import match_scores
 
 log = logging.getLogger("mt_deepspeed")
@@ -62,10 +62,7 @@ class PairScorer:
                 scores[image - images.start, columns] = match_scores(self.task, cls_feats.float())
             self.progress.add(len(texts))
         if bool(scores.isnan().any()):  # a ranking would take them for the best
-            raise ValueError(
-                "matching scores are not numbers: the model's weights are damaged, or they overflow; try "
-                "--precision fp32"
-            )
+            raise not_numbers("matching scores")
         return scores.cpu()
 
     def tiles(self, images: range) -> Iterator[tuple[int, list[int]]]:

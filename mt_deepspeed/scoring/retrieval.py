@@ -21,11 +21,11 @@ from mt_deepspeed.config import RunConfig
 from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.engine.agreement import together
 from mt_deepspeed.engine.launch import Place
-from mt_deepspeed.evaluation.kept_scores import KeptScores
 from mt_deepspeed.evaluation.recall import recall
 from mt_deepspeed.pretrained.loading import Pretrained
+from mt_deepspeed.scoring.kept_scores import KeptScores
 from mt_deepspeed.scoring.pairs import PairScorer
-from mt_deepspeed.scoring.states import States, batches, encode
+from mt_deepspeed.scoring.states import States, batches, encode, not_numbers
 
 log = logging.getLogger("mt_deepspeed")
 
@@ -184,10 +184,7 @@ def _shortlist(states: States, top_k: int) -> Tensor:
     assert states.text_features is not None
     assert states.image_features is not None
     if not bool(states.text_features.isfinite().all() and states.image_features.isfinite().all()):
-        raise ValueError(
-            "contrastive embeddings are not numbers: the model's weights are damaged, or they overflow; try "
-            "--precision fp32"
-        )
+        raise not_numbers("contrastive embeddings")
     gathered: list[Tensor] = [states.image_features] * dist.get_world_size()
     dist.all_gather_object(gathered, states.image_features)
     first = sum(len(part) for part in gathered[: dist.get_rank()])

@@ -19,7 +19,7 @@ from mt_deepspeed.data.collate import tokens_and_mask
 from mt_deepspeed.data.retrieval_items import RetrievalItems
 from mt_deepspeed.engine.launch import Place
 from mt_deepspeed.engine.precision import DTYPES, autocast
-from mt_deepspeed.evaluation.state_cache import StateCache
+from mt_deepspeed.scoring.state_cache import StateCache
 
 log = logging.getLogger("mt_deepspeed")
 
@@ -163,6 +163,13 @@ def _encode_images(
     if not features:
         return None
     return torch.cat(found) if found else torch.zeros(0, task.cross_modal_itc_image_head.fc.out_features)
+
+
+def not_numbers(what: str) -> ValueError:
+    """The error of values that no ranking can be made of."""
+    return ValueError(
+        f"{what} are not numbers: the model's weights are damaged, or they overflow; try --precision fp32"
+    )
 
 
 def batches(items: Sequence[int], size: int) -> Iterator[list[int]]:

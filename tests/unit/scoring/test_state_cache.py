@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mt_deepspeed.evaluation.state_cache import StateCache
+from mt_deepspeed.scoring.state_cache import StateCache
 
 
 @settings(max_examples=15, deadline=None)
