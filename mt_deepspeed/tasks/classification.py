@@ -14,7 +14,7 @@ from mt_deepspeed.models.heads import attach_heads
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.single_tower import TextOnly, VisionOnly
 from mt_deepspeed.models.two_tower import TwoTowerModel
-from mt_deepspeed.objectives.classification import class_loss
+from mt_deepspeed.objectives.classification import cross_entropy
 from mt_deepspeed.tasks.base import Batch, published_role
 from mt_deepspeed.tasks.heatmaps import Gallery
 from mt_deepspeed.tasks.noise import noise_batch
@@ -50,7 +50,7 @@ class ClassificationTask(nn.Module):
 
     def loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Mean loss of the batch: cross-entropy against `labels`."""
-        return class_loss(logits_BC, batch["labels"])
+        return cross_entropy(logits_BC, batch["labels"])
 
     def points(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """What each sample's likeliest class earns, 1 for the label, and 1 where it counts at all: `[B]`, `[B]`."""

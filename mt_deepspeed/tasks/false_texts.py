@@ -13,7 +13,7 @@ from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.partition import whole
-from mt_deepspeed.objectives.matching import false_text_loss, matching_loss
+from mt_deepspeed.objectives.classification import cross_entropy, false_text_loss
 from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch, noise_ids, noise_matching
 
@@ -73,7 +73,7 @@ class FalseTextsTask(TwoTowerTask):
         logits = self.itm_score(fused.cls_feats[rows * choices :])
         losses = {
             "irtr": false_text_loss(scores),
-            "itm": matching_loss(logits, batch["itm_labels"]),
+            "itm": cross_entropy(logits, batch["itm_labels"]),
         }
         return losses, {
             "irtr_accuracy": pair((scores.argmax(dim=1) == 0).sum(), rows),

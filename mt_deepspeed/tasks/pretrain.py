@@ -13,8 +13,8 @@ from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import LinearHead, MLMHead
 from mt_deepspeed.models.managers import Record
 from mt_deepspeed.models.two_tower import FusionOutput
-from mt_deepspeed.objectives.matching import matching_loss
-from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled, mlm_loss
+from mt_deepspeed.objectives.classification import cross_entropy
+from mt_deepspeed.objectives.mlm import IGNORED, gather_labelled
 from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch, noise_matching
 
@@ -70,11 +70,11 @@ class PretrainTask(TwoTowerTask):
                 fused.text_feats[:batch_size], batch["mlm_labels"], batch["mlm_positions"]
             )
             logits_MV = self.mlm_score(feats_MD)
-            losses["mlm"] = mlm_loss(logits_MV, labels_M)
+            losses["mlm"] = cross_entropy(logits_MV, labels_M)
             report["mlm_accuracy"] = pair((logits_MV.argmax(dim=-1) == labels_M).sum(), labels_M.numel())
         if self.has_itm:
             logits_B2 = self.itm_score(fused.cls_feats)
-            losses["itm"] = matching_loss(logits_B2, batch["itm_labels"])
+            losses["itm"] = cross_entropy(logits_B2, batch["itm_labels"])
             report["itm_accuracy"] = pair((logits_B2.argmax(dim=-1) == batch["itm_labels"]).sum(), batch_size)
         return losses, report
 

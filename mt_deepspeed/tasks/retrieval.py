@@ -16,9 +16,9 @@ from mt_deepspeed.evaluation.sums import Report, pair
 from mt_deepspeed.models.flops import forward_flops
 from mt_deepspeed.models.heads import ContrastiveHead, LinearHead
 from mt_deepspeed.models.managers import Record
+from mt_deepspeed.objectives.classification import cross_entropy
 from mt_deepspeed.objectives.contrastive import ContrastiveResult, contrastive_loss
 from mt_deepspeed.objectives.hard_negatives import draw_negatives, negative_weights
-from mt_deepspeed.objectives.matching import matching_loss
 from mt_deepspeed.tasks.base import Batch, TwoTowerTask
 from mt_deepspeed.tasks.noise import noise_batch
 
@@ -108,7 +108,7 @@ class RetrievalTask(TwoTowerTask):
             "itm_accuracy": pair((logits.argmax(dim=-1) == labels).sum(), len(labels)),
             "itc_accuracy": pair(_right(contrast), 2 * rows),
         }
-        return {"itc": contrast.loss, "itm": matching_loss(logits, labels)}, report
+        return {"itc": contrast.loss, "itm": cross_entropy(logits, labels)}, report
 
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Pairs of one micro-batch."""

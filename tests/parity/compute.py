@@ -8,17 +8,10 @@ from torch import Tensor
 
 from mt_deepspeed.models.key_maps import own_name, plain_name
 from mt_deepspeed.models.state_dicts import import_checkpoint
-from mt_deepspeed.objectives import (
-    class_loss,
-    contrastive_loss,
-    false_text_loss,
-    gather_labelled,
-    matching_loss,
-    mlm_loss,
-    negative_weights,
-    three_way_contrastive_loss,
-    vqa_loss,
-)
+from mt_deepspeed.objectives.classification import cross_entropy, false_text_loss, vqa_loss
+from mt_deepspeed.objectives.contrastive import contrastive_loss, three_way_contrastive_loss
+from mt_deepspeed.objectives.hard_negatives import negative_weights
+from mt_deepspeed.objectives.mlm import gather_labelled
 from tests.parity.cases import Case, ModelWithHeads
 from tests.parity.trace import Tensors, features, forward
 
@@ -61,10 +54,10 @@ def _library_case(case: Case, module: Any, result: Tensors) -> Tensors:
         if heads.mlm:
             seen["mlm.logits"] = module.mlm_score(seen["text_feats"])
             feats, labels = gather_labelled(seen["text_feats"], data["labels"])
-            seen["mlm.loss"] = mlm_loss(module.mlm_score(feats), labels)
+            seen["mlm.loss"] = cross_entropy(module.mlm_score(feats), labels)
         if heads.itm:
             seen["itm.logits"] = module.itm_score(seen["cls_feats"])
-            seen["itm.loss"] = matching_loss(seen["itm.logits"], data["labels"])
+            seen["itm.loss"] = cross_entropy(seen["itm.logits"], data["labels"])
         if heads.fused_itc_size:
             _library_contrastive(module, seen)
         if prefix:
@@ -108,7 +101,7 @@ def _reference_case(case: Case, module: Any, result: Tensors) -> Tensors:
         losses["vqa"] = result["vqa.loss"] = vqa_loss(result["vqa.logits"], data["vqa_targets"])
     if "snli" in active:
         result["snli.logits"] = module.snli_classifier(result["cls_feats"])
-        losses["snli"] = result["snli.loss"] = class_loss(result["snli.logits"], data["labels"])
+        losses["snli"] = result["snli.loss"] = cross_entropy(result["snli.logits"], data["labels"])
     if "nlvr2" in active:
         losses["nlvr2"] = _nlvr2(case, module, result)
     if "irtr" in active:
@@ -121,7 +114,7 @@ def _mlm(module: Any, data: Tensors, result: Tensors) -> Tensor:
     result.update(_prefixed("mlm", seen))
     result["mlm.logits"] = module.mlm_score(seen["text_feats"])
     feats, labels = gather_labelled(seen["text_feats"], data["text_labels_mlm"])
-    result["mlm.loss"] = mlm_loss(module.mlm_score(feats), labels)
+    result["mlm.loss"] = cross_entropy(module.mlm_score(feats), labels)
     return result["mlm.loss"]
 
 
@@ -132,7 +125,7 @@ def _itm(module: Any, data: Tensors, result: Tensors) -> Tensor:
     result.update(_prefixed("itm", seen))
     result["itm.logits_matched_batch"] = module.itm_score(result["cls_feats"])
     result["itm.logits"] = module.itm_score(seen["cls_feats"])
-    result["itm.loss"] = matching_loss(result["itm.logits"], labels)
+    result["itm.loss"] = cross_entropy(result["itm.logits"], labels)
     return result["itm.loss"]
 
 
@@ -161,7 +154,7 @@ def _contrastive(case: Case, module: Any, result: Tensors) -> Tensor:
     result.update(_prefixed("itm_itc", features(output)))
     result["itm_itc.itm_logits"] = module.itm_score(output.cls_feats)
     labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-    result["itm_itc.itm_loss"] = matching_loss(result["itm_itc.itm_logits"], labels)
+    result["itm_itc.itm_loss"] = cross_entropy(result["itm_itc.itm_logits"], labels)
     if "irtr_itm_itc" in active:
         _rerank(module, texts, images, mask, result)
     return contrast.loss + result["itm_itc.itm_loss"]
@@ -191,7 +184,7 @@ def _nlvr2(case: Case, module: Any, result: Tensors) -> Tensor:
     result.update(_prefixed("second_image", second))
     both = torch.cat([result["cls_feats"], second["cls_feats"]], dim=-1)
     result["nlvr2.logits"] = module.nlvr2_classifier(both)
-    result["nlvr2.loss"] = class_loss(result["nlvr2.logits"], data["answers"])
+    result["nlvr2.loss"] = cross_entropy(result["nlvr2.logits"], data["answers"])
     # A pre-training checkpoint has neither this head nor the second image's type row.
     state = {k: v for k, v in case.state_dict.items() if not k.startswith("nlvr2_classifier.")}
     state["token_type_embeddings.weight"] = state["token_type_embeddings.weight"][:2]

@@ -17,7 +17,9 @@ from transformers import (
 from mt_deepspeed.models.hf_bridgetower import from_hf_bridgetower
 from mt_deepspeed.models.key_maps import own_name, plain_name
 from mt_deepspeed.models.state_dicts import import_checkpoint
-from mt_deepspeed.objectives import gather_labelled, matching_loss, mlm_loss, three_way_contrastive_loss
+from mt_deepspeed.objectives.classification import cross_entropy
+from mt_deepspeed.objectives.contrastive import three_way_contrastive_loss
+from mt_deepspeed.objectives.mlm import gather_labelled
 from tests.parity.cases import ModelWithHeads
 from tests.parity.trace import Tensors, forward
 
@@ -77,10 +79,12 @@ def _ours(module: Any, batch: Tensors, labels: Tensor) -> tuple[Tensor, Tensors]
     seen = forward(module.model, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
     if hasattr(module, "mlm_score"):
         feats, targets = gather_labelled(seen["text_feats"], labels)
-        return mlm_loss(module.mlm_score(feats), targets), {"logits": module.mlm_score(seen["text_feats"])}
+        return cross_entropy(module.mlm_score(feats), targets), {
+            "logits": module.mlm_score(seen["text_feats"])
+        }
     if hasattr(module, "itm_score"):
         logits = module.itm_score(seen["cls_feats"])
-        return matching_loss(logits, labels), {"logits": logits}
+        return cross_entropy(logits, labels), {"logits": logits}
     text = module.itc_text_head(seen["text.last_state"][:, 0])
     image = module.itc_image_head(seen["image.last_expert"][:, 0])
     fused = module.itc_cross_modal_head(seen["cls_feats"])

@@ -17,7 +17,8 @@ from mt_deepspeed.config.model import (
 )
 from mt_deepspeed.models import FusionOutput, TwoTowerModel, attach_heads
 from mt_deepspeed.models.vision_tower import normalise
-from mt_deepspeed.objectives import gather_labelled, matching_loss, mlm_loss
+from mt_deepspeed.objectives.classification import cross_entropy
+from mt_deepspeed.objectives.mlm import gather_labelled
 from tests.helpers.tiny_model import KINDS, tiny_batch, tiny_config, with_link
 
 
@@ -43,8 +44,8 @@ def test_every_parameter_gets_a_gradient(kind: str) -> None:
     module.train()
     output = _forward(heads.model, batch)
     feats, targets = gather_labelled(output.text_feats, labels)
-    loss = mlm_loss(heads.mlm_score(feats), targets)
-    loss = loss + matching_loss(heads.itm_score(output.cls_feats), torch.tensor([1, 0, 1]))
+    loss = cross_entropy(heads.mlm_score(feats), targets)
+    loss = loss + cross_entropy(heads.itm_score(output.cls_feats), torch.tensor([1, 0, 1]))
     loss.backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
