@@ -88,6 +88,7 @@ def fuse_stacks(model: Any, texts: Tensor, images: Tensor, mask: Tensor) -> tupl
     away = (1.0 - mask.float())[:, None, None, :] * MASKED
     # The published managers attend to padding; ours may leave it out, which is the same maths with a mask.
     seen = away[:, 0] if model.config.mask_padding_in_managers else None
+    noisy = model.training and model.config.link.noise
     text, image = None, None
     stages = zip(
         model.links("text"),
@@ -97,8 +98,8 @@ def fuse_stacks(model: Any, texts: Tensor, images: Tensor, mask: Tensor) -> tupl
         strict=True,
     )
     for text_link, image_link, text_layer, image_layer in stages:
-        text_in = _manage(text_link, texts, text, image, None)
-        image_in = _manage(image_link, images, image, text, seen)
+        text_in = _manage(text_link, texts, text, image, None, noisy)
+        image_in = _manage(image_link, images, image, text, seen, noisy)
         text = _cross_modal(text_layer, text_in, image_in, away, None)
         image = _cross_modal(image_layer, image_in, text_in, None, away)
     assert text is not None
@@ -140,7 +141,12 @@ def _close(output: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _manage(
-    link: Any, experts: Tensor, previous: Tensor | None, other: Tensor | None, other_away: Tensor | None
+    link: Any,
+    experts: Tensor,
+    previous: Tensor | None,
+    other: Tensor | None,
+    other_away: Tensor | None,
+    noisy: bool,
 ) -> Tensor:
     """SAUE at the first layer, AAUE with fused query at the others, on a stack `[B, N, L, D]`."""
     batch, count, length, size = experts.shape
@@ -159,7 +165,7 @@ def _manage(
         attended = attention.softmax(dim=-1) @ keys
         query = torch.cat([attended, own.to(attended.dtype)], dim=-1)
         scores = link.linear_controller(query).transpose(1, 2)[..., None].expand(batch, count, length, size)
-    if link.training and link.noise:
+    if noisy:
         scores = scores + torch.randn(scores.shape, device=scores.device) / count
     mixed = ((scores / link.softmax_temperature).softmax(dim=1) * normed).sum(dim=1)
     return mixed if previous is None else mixed + link.layer_scores_cross[0, :, 0] * own

@@ -7,7 +7,7 @@ Every link is called as `link(experts, previous, other, other_attend, record, st
     other_attend: bool `[B, 1, K]`, False at tokens of `other` that do not count, or None;
     record: None, or a dict that receives detached mixing weights (for plots and tests);
     statistics: of the experts' layer norms, shared by all managers of a modality; None: made by the manager;
-    seed: `[1]` int64, of the noise of all managers of a modality; None: the manager draws one.
+    seed: `[1]` int64, of the noise of all managers of a modality; None: no noise.
 It returns the input `[B, L, D]` of the next cross-modal layer.
 """
 
@@ -24,13 +24,13 @@ from mt_deepspeed.models.projection import Projection, adjoint, by_head, by_item
 Record = dict[str, Tensor]
 
 
-def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """Seeds `[count, 1]` int64 of managers' noise, from torch's generator of the device.
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed `[1]` int64 of managers' noise, from torch's generator of the device.
 
     So that whoever seeds that generator decides on the noise, and recomputation under activation
     checkpointing, which restores it, meets the same noise.
     """
-    return torch.randint(2**63 - 1, (count, 1), device=device)
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 class _NormParameters(nn.Module):
@@ -57,7 +57,6 @@ class _Manager(nn.Module):
         self.num_experts = num_experts
         self.num_previous = num_previous
         self.eps = link.layer_norm_eps
-        self.noise = link.noise
         self.softmax_temperature = nn.Parameter(
             torch.full((1,), float(link.temperature)), requires_grad=link.learnable_temperature
         )
@@ -80,7 +79,7 @@ class _Manager(nn.Module):
         statistics: Tensor | None,
         seed: Tensor | None,
     ) -> Tensor:
-        """Runs the aggregation, with noise of standard deviation 1/N per element while training."""
+        """Runs the aggregation, with noise of standard deviation 1/N per element if there is a seed of it."""
         if record is not None:
             weights = mixing_weights(logits, self.softmax_temperature)
             record["weights"] = (
@@ -88,11 +87,7 @@ class _Manager(nn.Module):
             ).detach()
             if previous_weight is not None:
                 record["weight_previous"] = previous_weight.detach()
-        noise = None
-        if self.training and self.noise:
-            if seed is None:
-                seed = draw_seeds(1, experts[0].device)[0]
-            noise = Philox(seed, self.layer, 1 / len(experts))
+        noise = None if seed is None else Philox(seed, self.layer, 1 / len(experts))
         return manager_aggregation(
             experts,
             previous,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mt_deepspeed.config.model import ModelConfig
 from mt_deepspeed.kernels.manager_aggregation import expert_statistics
 from mt_deepspeed.models.cross_modal import CrossModalLayer, Pooler
-from mt_deepspeed.models.managers import Bridge, FirstBridge, Record, build_manager, draw_seeds
+from mt_deepspeed.models.managers import Bridge, FirstBridge, Record, build_manager, draw_seed
 from mt_deepspeed.models.partition import init_weights
 from mt_deepspeed.models.text_tower import TextTower
 from mt_deepspeed.models.vision_tower import VisionTower
@@ -249,7 +249,7 @@ class TwoTowerModel(nn.Module):
         if not self.config.has_managers:
             return None, None
         noisy = self.training and self.config.link.noise
-        seed = draw_seeds(1, experts[0].device)[0] if noisy else None
+        seed = draw_seed(experts[0].device) if noisy else None
         return expert_statistics(experts, self.config.link.layer_norm_eps), seed
 
     def _note(

@@ -7,26 +7,26 @@ import torch
 
 from mt_deepspeed.config.model import LinkConfig
 from mt_deepspeed.kernels.manager_aggregation import philox_normal
-from mt_deepspeed.models.managers import AdaptiveManager, StaticManager
+from mt_deepspeed.models.managers import AdaptiveManager, StaticManager, draw_seed
 
 N, B, L, D = 4, 16, 12, 32
 
 
-def _call(manager: Any, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _call(manager: Any, noise_seed: torch.Tensor | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
     experts = [torch.randn(B, L, D, generator=generator) for _ in range(N)]
     previous = [torch.randn(B, L, D, generator=generator)] * manager.num_previous
     other = torch.randn(B, 5, D, generator=generator)
-    result: torch.Tensor = manager(experts, previous, other, None)
+    result: torch.Tensor = manager(experts, previous, other, None, seed=noise_seed)
     return result
 
 
-def _static(**link: Any) -> StaticManager:
-    return StaticManager(LinkConfig(kind="saue", **link), D, N, 1, all_previous=False, layer=0)
+def _static() -> StaticManager:
+    return StaticManager(LinkConfig(kind="saue"), D, N, 1, all_previous=False, layer=0)
 
 
 def test_initial_weights_are_uniform_with_the_previous_state_added() -> None:
-    manager = _static(noise=False)
+    manager = _static()
     generator = torch.Generator().manual_seed(0)
     experts = [torch.randn(B, L, D, generator=generator) for _ in range(N)]
     previous = [torch.randn(B, L, D, generator=generator)]
@@ -48,7 +48,7 @@ def test_noise_has_standard_deviation_one_over_n_per_element(
 
     monkeypatch.setattr("mt_deepspeed.models.managers.manager_aggregation", spy)
     torch.manual_seed(1)
-    _call(manager.train())
+    _call(manager, draw_seed(torch.device("cpu")))
     found = seen["noise"]
     noise = found.scale * philox_normal(found.seed, found.offset, N, B * L, D).view(N, B, L, D)
     assert noise.shape == (N, B, L, D)
@@ -60,16 +60,16 @@ def test_noise_has_standard_deviation_one_over_n_per_element(
     correlation = (flat @ flat.T / flat.shape[1]).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5, "experts' noises are independent"
     assert noise.std(dim=-1).min() > 0, "channels of one token differ"
-    _call(manager.eval())
+    _call(manager)
     assert seen["noise"] is None
 
 
-def test_noise_changes_training_only_and_can_be_switched_off() -> None:
-    torch.manual_seed(0)
-    manager = _static()
-    assert not torch.equal(_call(manager.train()), _call(manager.train()))
-    assert torch.equal(_call(manager.eval()), _call(manager.eval()))
-    assert torch.equal(_call(_static(noise=False).train()), _call(_static(noise=False).eval()))
+def test_noise_follows_from_its_seed_alone() -> None:
+    manager, one, other = _static(), torch.tensor([1]), torch.tensor([2])
+    assert torch.equal(_call(manager.train(), one), _call(manager.eval(), one))
+    assert not torch.equal(_call(manager, one), _call(manager, other))
+    assert torch.equal(_call(manager.train()), _call(manager.eval()))
+    assert not torch.equal(_call(manager), _call(manager, one))
 
 
 @pytest.mark.parametrize("kind", ["saue", "aaue"])

@@ -256,3 +256,16 @@ def test_class_features_alone_are_the_same(kind: str) -> None:
         found.append((fused.text_feats, classes, *(grad for grad in grads if grad is not None)))
     for whole, part in zip(*found, strict=True):
         torch.testing.assert_close(whole, part)
+
+
+@pytest.mark.parametrize("kind", ["saue", "aaue"])
+def test_noise_is_in_training_only_and_can_be_switched_off(kind: str) -> None:
+    batch = tiny_batch(tiny_config(kind))
+
+    def twice_equal(noise: bool, training: bool) -> bool:
+        model = _model(tiny_config(kind, noise=noise)).train(training)
+        return torch.equal(_forward(model, batch).cls_feats, _forward(model, batch).cls_feats)
+
+    assert not twice_equal(noise=True, training=True)
+    assert twice_equal(noise=True, training=False)
+    assert twice_equal(noise=False, training=True)
