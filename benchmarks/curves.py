@@ -14,48 +14,22 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from benchmarks.record import add_save, append, picture_folder
 from mt_deepspeed.config import load_config
-from mt_deepspeed.kernels.manager_aggregation import Philox, philox_normal
-from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
-from mt_deepspeed.models import managers
+from mt_deepspeed.kernels.manager_aggregation import dispatch
+from mt_deepspeed.models import two_tower
+from mt_deepspeed.models.managers import draw_seed
 
 PART = 50
 """Steps that a row of the table covers."""
-
-
-def plain_aggregation(
-    experts: Sequence[Tensor],
-    previous: Sequence[Tensor],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    logits: Tensor,
-    temperature: Tensor,
-    previous_weight: Tensor | None,
-    noise: Tensor | Philox | None,
-    eps: float,
-    statistics: Tensor | None = None,
-    *,
-    moved: int,
-) -> Tensor:
-    """The operator's arguments, computed by the formula; `moved` makes the noise another one."""
-    if isinstance(noise, Philox):
-        shape = experts[0].shape
-        seed = noise.seed ^ moved
-        normals = philox_normal(seed, noise.offset, len(experts), shape[:-1].numel(), shape[-1])
-        noise = (normals * noise.scale).view(len(experts), *shape)
-    parameters = norm_weight, norm_bias, logits, temperature, previous_weight
-    return aggregate(experts, previous, *parameters, noise, eps)
 
 
 @contextmanager
@@ -63,8 +37,10 @@ def computed_by(way: str) -> Iterator[None]:
     """Managers compute as `way` says: `plain`, `other` or a backend's name."""
     if way in ("plain", "other"):
         moved = 0 if way == "plain" else 12345
-
-        with patch.object(managers, "manager_aggregation", partial(plain_aggregation, moved=moved)):
+        with (
+            patch.object(dispatch, "by_autograd", lambda *_: True),
+            patch.object(two_tower, "draw_seed", lambda device: draw_seed(device) ^ moved),
+        ):
             yield
     else:
         with patch.dict(os.environ, {"MT_KERNELS": way}):

@@ -102,7 +102,7 @@ export -f about packages
 
 build="from mt_deepspeed.kernels.manager_aggregation import build; print(build.library())"
 kernels=("$python" -m benchmarks.manager_aggregation --seconds 0.1 --rounds 2
-    --results "$output/manager_aggregation.csv")
+    --save "$output/manager_aggregation.csv")
 tests=("$python" -m pytest -v --tb=short -p no:cacheprovider)
 if "$python" -c "import xdist" 2>/dev/null; then tests+=(-n 8); fi
 train_step=("$python" -m benchmarks.train_step --rounds 5 --save "$output/train_step.csv" --precision)

@@ -1,7 +1,7 @@
 """Manager aggregation: time and memory of each backend beside plain PyTorch, and the floor that memory sets.
 
     python -m benchmarks.manager_aggregation [--device cuda] [--dtype bfloat16] [--seconds S] [--threads T]
-        [--results FILE] [--shapes N,B,L,D ...] [--kinds NAME ...] [--ways NAME ...] [--profile FILE]
+        [--save [FILE]] [--shapes N,B,L,D ...] [--kinds NAME ...] [--ways NAME ...] [--profile FILE]
 
 For each shape all ways take turns in one process, several rounds; times are medians of a call's time. Ways:
 
@@ -13,7 +13,7 @@ The operator's times include 1/N of the experts' statistics, which N managers sh
 read every expert, the previous state (and in backward the gradient) once and to write every result once, at the
 bandwidth of a copy measured in the same run. `kept` are the bytes that forward leaves for backward, beyond its inputs
 and its result; `peak` is the most that forward and backward allocate, results included (CUDA only).
-Rows that FILE holds already for this commit, device and dtype are not measured again.
+With `--save`, rows that FILE holds already for this commit, device and dtype are not measured again.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.record import RESULTS, append, measured, surroundings
+from benchmarks.memory import kept_bytes
+from benchmarks.record import add_save, append, measured, surroundings
 from mt_deepspeed.kernels.manager_aggregation import Philox, expert_statistics, manager_aggregation
-from mt_deepspeed.kernels.manager_aggregation.dispatch import BACKENDS
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 
 # N, B, L, D: texts of 50 tokens, images of 288 (base) and 294 pixels (large), and of 384 pixels.
@@ -138,28 +138,6 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / timed(device, lambda: to.copy_(source), 0.5)
 
 
-def kept_bytes(arguments: dict[str, Any], way: Way, shared: Tensor | None) -> int:
-    """Bytes that forward saves for backward and that did not exist before; the result does not count."""
-    known = {
-        tensor.untyped_storage().data_ptr()
-        for value in (*arguments.values(), shared)
-        for tensor in (value if isinstance(value, list) else [value])
-        if isinstance(tensor, Tensor)
-    }
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = way(arguments, shared)
-    kept.pop(out.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
 class Contest:
     """All ways on one problem, taking turns."""
 
@@ -197,7 +175,9 @@ class Contest:
             self.both(name, shared)
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
-        self.memory[name] = kept_bytes(self.arguments, self.ways[name], shared), peak
+        way = self.ways[name]
+        given = [*self.leaves, *([] if shared is None else [shared])]
+        self.memory[name] = kept_bytes(lambda: way(self.arguments, shared), given), peak
 
     def measure_times(self, name: str) -> None:
         """One turn."""
@@ -271,9 +251,10 @@ COLUMNS = [
 IDENTITY = ("commit", "hardware", "dtype", "shape", "kind", "way")
 
 
-def report(path: Path, rows: list[Row]) -> None:
-    """Appends rows to the file and prints them."""
-    append(path, [{name: row.get(name, "") for name in COLUMNS} for row in rows])
+def report(file: Path | None, rows: list[Row]) -> None:
+    """Prints rows, and appends them to the file if there is one."""
+    if file is not None:
+        append(file, [{name: row.get(name, "") for name in COLUMNS} for row in rows])
     eager_ms = next((row["both_ms"] for row in rows if row["way"] == "eager" and not row["note"]), None)
     for row in rows:
         if row["note"]:
@@ -333,7 +314,7 @@ def parse() -> Any:
     parser.add_argument("--kinds", nargs="+", choices=KINDS["cpu"])
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--ways", nargs="+")
-    parser.add_argument("--results", type=Path, default=RESULTS / "manager_aggregation.csv")
+    add_save(parser, "manager_aggregation.csv")
     parser.add_argument("--profile", type=Path, help="only write a profile to this file")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
@@ -345,16 +326,16 @@ def parse() -> Any:
 
 
 def main() -> None:
-    """Measures what the results do not hold yet."""
+    """Measures what the file of rows does not hold yet."""
     options = parse()
     cuda = options.device == "cuda"
-    fused_names = [name for name in (["triton", "cuda"] if cuda else ["cpu"]) if name in BACKENDS]
+    fused_names = ["triton", "cuda"] if cuda else ["cpu"]
     names = options.ways or ["eager", "compiled", *(["reference"] if cuda else []), *fused_names]
     if options.profile:
         profile(all_ways(names, noisy=True), options, options.profile)
         return
     about = surroundings()
-    done = measured(options.results, IDENTITY)
+    done = measured(options.save, IDENTITY) if options.save else set()
     bandwidth = copy_bandwidth(options.device)
     print(f"{about['hardware']}, {about['versions']}, load {about['load']}: copy {bandwidth / 1e9:.0f} GB/s")
     shapes = options.shapes or (CUDA_SHAPES if cuda else CPU_SHAPES)
@@ -386,7 +367,7 @@ def main() -> None:
                     f"{part}_floor": floor[part] / row[f"{part}_ms"] for part in floor if not row["note"]
                 }
                 rows.append({**common, "way": name, **row, **ratios})
-            report(options.results, sorted(rows, key=lambda row: names.index(row["way"])))
+            report(options.save, sorted(rows, key=lambda row: names.index(row["way"])))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.batches import make_batch
+from benchmarks.memory import kept_bytes
 from benchmarks.record import add_save, append
 from mt_deepspeed.config import RunConfig, load_config
 from mt_deepspeed.engine.precision import autocast
@@ -184,23 +185,6 @@ def _timed(function: Callable[..., Any], times: list[float]) -> Callable[..., An
     return run
 
 
-def kept_bytes(system: System, batch: dict[str, Tensor], precision: str) -> int:
-    """Bytes that a forward pass keeps for backward, parameters left out."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in system.module.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = system.losses(batch, precision)
-    del losses
-    return sum(kept.values())
-
-
 def peak_bytes(system: System, batch: dict[str, Tensor]) -> int:
     """GPU memory of a step beyond what lies there before it."""
     before = torch.cuda.memory_allocated()
@@ -259,7 +243,9 @@ def row(
     flops = 3 * forward_flops(config.model, tokens, 2, 1.5, masked, pooled=1)
     rates = throughput(setting.micro_batch / wall, flops, setting.precision, device, 1)
     # Recomputed layers hide what they keep.
-    kept = None if setting.checkpointing else kept_bytes(system, batch, setting.precision)
+    kept = None
+    if not setting.checkpointing:
+        kept = kept_bytes(lambda: system.losses(batch, setting.precision), system.module.parameters())
     peak = peak_bytes(system, batch) if device.type == "cuda" else None
     return {
         "preset": options.preset,
