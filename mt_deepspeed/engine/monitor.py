@@ -22,6 +22,9 @@ from mt_deepspeed.engine.step import StepResult
 
 log = logging.getLogger(__name__)
 
+CELL = 16
+"""Pixels a side of one number in a heatmap."""
+
 
 def throughput(
     samples_per_s: float,
@@ -195,13 +198,12 @@ class Monitor:
             log.warning("TensorBoard: a record is lost: %s", error)
 
 
-def heatmap(matrix: Tensor, cell: int = 16) -> Tensor:
-    """A matrix [R, C] as a picture [R * cell, C * cell, 3] uint8 in a dark-to-yellow scale."""
+def heatmap(matrix: Tensor) -> Tensor:
+    """A matrix [R, C] as a picture [R * CELL, C * CELL, 3] uint8 in a dark-to-yellow scale."""
     values = matrix.detach().float().cpu()
     low, high = values.min(), values.max()
-    level = (
-        ((values - low) / (high - low).clamp(min=1e-12)).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    )
+    level = (values - low) / (high - low).clamp(min=1e-12)
+    level = level.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
     colours = torch.stack([level.sqrt(), level**2, 0.35 + 0.3 * level - 0.6 * level**3], dim=-1)
     return (colours.clamp(0, 1) * 255).to(torch.uint8)
 

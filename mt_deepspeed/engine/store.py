@@ -76,14 +76,15 @@ def faults(folder: Path, take: Callable[[int], bool] = lambda index: True) -> li
     return found
 
 
-def newest_valid(root: Path, say: Callable[[str], None] = log.warning) -> Path | None:
+def newest_valid(root: Path) -> Path | None:
     """The checkpoint with the highest step that is whole; walks back past damaged ones with a line each."""
     for step in reversed(list_steps(root)):
         folder = root / folder_name(step)
         wrong = faults(folder)
         if not wrong:
             return folder
-        say(f"checkpoint {folder} cannot be used, going back to an older one: {'; '.join(wrong[:3])}")
+        reasons = "; ".join(wrong[:3])
+        log.warning("checkpoint %s cannot be used, going back to an older one: %s", folder, reasons)
     return None
 
 

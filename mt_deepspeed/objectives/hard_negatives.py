@@ -16,9 +16,7 @@ def negative_weights(logits_BG: Tensor, positives_BG: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_negatives(
-    weights_BG: Tensor, positives_BG: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_negatives(weights_BG: Tensor, positives_BG: Tensor) -> Tensor:
     """One negative column per row.
 
     Rows whose weights all vanish, or are not numbers, draw uniformly from their negatives; the published code
@@ -32,4 +30,4 @@ def draw_negatives(
         weights_BG.sum(dim=1, keepdim=True) > 0
     )  # also nan: the loss will tell, and the step is skipped
     weights = torch.where(empty, negatives.to(weights_BG.dtype), weights_BG)
-    return torch.multinomial(weights, 1, generator=generator)[:, 0]
+    return torch.multinomial(weights, 1)[:, 0]

@@ -115,9 +115,9 @@ def test_throughput_on_a_cpu_has_no_mfu() -> None:
 
 
 def test_heatmap_and_clock() -> None:
-    picture = heatmap(torch.tensor([[0.0, 1.0, 0.5]]), cell=4)
-    assert (tuple(picture.shape), picture.dtype) == ((4, 12, 3), torch.uint8)
-    assert not torch.equal(picture[0, 0], picture[0, 4])
+    picture = heatmap(torch.tensor([[0.0, 1.0, 0.5]]))
+    assert (tuple(picture.shape), picture.dtype) == ((16, 48, 3), torch.uint8)
+    assert not torch.equal(picture[0, 0], picture[0, 16])
     assert heatmap(torch.ones(2, 2)).shape == (32, 32, 3)  # constant: no division by 0
     assert clock(3_725.4) == "1:02:05"
 
