@@ -170,8 +170,9 @@ def _curve(backend: str | None, steps: int, monkeypatch: pytest.MonkeyPatch) -> 
         losses = []
         for _ in range(steps):
             experts = [linear(source) for linear in tower]
-            state = first(experts, [], None, None).tanh()
-            loss = (second(experts, [state], state, None) - target).square().mean()
+            state = first(experts, [], None, None, seed=managers.draw_seed(source.device)).tanh()
+            seed = managers.draw_seed(source.device)
+            loss = (second(experts, [state], state, None, seed=seed) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
