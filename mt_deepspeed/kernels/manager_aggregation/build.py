@@ -71,6 +71,14 @@ def no_c_compiler() -> str | None:
     return f"found no C compiler ({' or '.join(map(repr, names))}); install gcc, or set CC"
 
 
+def sources_digest() -> str:
+    """Names the state of csrc/; a library of CUDA kernels answers it to `mt_sources()`."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def command(nvcc: str, architectures: Sequence[str], output: Path) -> list[str]:
     """The compiler call."""
     codes = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in architectures]
@@ -81,6 +89,7 @@ def command(nvcc: str, architectures: Sequence[str], output: Path) -> list[str]:
         "-std=c++17",
         "--shared",
         "-Xcompiler=-fPIC,-fvisibility=default",
+        f"-DMT_SOURCES={sources_digest()}",
         *codes,
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
         "-Xptxas=-v",
@@ -139,9 +148,8 @@ def cpu_library(openmp: str | None = None) -> Path:
 
 def _cached(name: str, key: object, call: Callable[[Path], list[str]]) -> Path:
     """The library that the compiler's `call(output)` makes, kept under `key`, the call and the sources."""
-    digest = hashlib.sha256(repr((key, [Path(part).name for part in call(Path("out"))])).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
+    made_of = (key, [Path(part).name for part in call(Path("out"))], sources_digest())
+    digest = hashlib.sha256(repr(made_of).encode())
     output = cache_folder() / f"lib{name}-{digest.hexdigest()[:16]}.so"
     if output.exists():
         return output

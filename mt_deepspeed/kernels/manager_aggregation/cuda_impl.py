@@ -16,6 +16,7 @@ from mt_deepspeed.kernels.manager_aggregation.protocol import Arguments, Gradien
 MAX_EXPERTS, MAX_STATES, MAX_SIZE = 24, 32, 2048
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE = "cuda"  # tests run the same code on the CPU
+_TEXTS = ("mt_statistics", "mt_forward", "mt_plan_backward", "mt_backward", "mt_unusable", "mt_sources")
 _NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
 
 
@@ -53,6 +54,10 @@ class _Problem(ctypes.Structure):
         ("offset", ctypes.c_uint),
         ("noise_scale", ctypes.c_float),
         ("eps", ctypes.c_float),
+        ("num_blocks", ctypes.c_int),
+        ("num_rows", ctypes.c_int),
+        ("shared_rows", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
     ]
 
 
@@ -72,7 +77,18 @@ def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
             f"found {len(experts)} experts and {num_previous} previous states, expected at most "
             f"{MAX_EXPERTS} experts and {MAX_STATES} states together"
         )
-    return None
+    return _unusable(device.index or 0) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=16)
+def _unusable(device: int) -> str | None:
+    """Why there is no library, or the device cannot run it, or None; the first call may compile it."""
+    try:
+        with torch.cuda.device(device):
+            reason = _library().mt_unusable()
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    return None if reason is None else f"its library cannot run on device {device}: {reason.decode()}"
 
 
 def statistics(states: list[Tensor], eps: float) -> Tensor:
@@ -103,24 +119,19 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradients:
     """See the package's docstring."""
-    tokens, size = a.experts[0].shape
-    n, p = len(a.experts), len(a.previous)
+    n, p, size = len(a.experts), len(a.previous), a.norm_weight.shape[1]
     states = [torch.empty_like(state) for state in (*a.experts, *a.previous)]
     logits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
     with _Call(_problem(a), a.experts[0]) as call:
-        rows = call.count("mt_backward_rows", of_device=False)
-        if not tokens:
-            partial, partial_temperature = (a.norm_weight.new_zeros(s) for s in ((1, rows, size), (1,)))
-        else:
-            blocks = call.count("mt_backward_blocks")
-            partial, partial_temperature = (
-                a.norm_weight.new_empty(s) for s in ((blocks, rows, size), (blocks,))
-            )
-            _set_common(call, a)
-            call.set(grad=grad, previous_statistics=previous_statistics)
-            call.set_states("state_grads", states)
-            call.set_outputs(logits_grad=logits, partial=partial, partial_temperature=partial_temperature)
-            call("mt_backward")
+        call("mt_plan_backward")
+        blocks, rows = call.problem.num_blocks, call.problem.num_rows
+        partial = a.norm_weight.new_empty((blocks, rows, size))
+        partial_temperature = a.norm_weight.new_empty((blocks,))
+        _set_common(call, a)
+        call.set(grad=grad, previous_statistics=previous_statistics)
+        call.set_states("state_grads", states)
+        call.set_outputs(logits_grad=logits, partial=partial, partial_temperature=partial_temperature)
+        call("mt_backward")
     sums = partial.sum(dim=0)  # rows as csrc/backward.h orders them
     num_own = n if a.adaptive else 2 * n
     along, total = sums[n + num_own : n + num_own + p], sums[-1:] if p else sums[:0]
@@ -203,11 +214,6 @@ class _Call:
         for i, state in enumerate(states):
             pointers[i] = self._readable(state)
 
-    def count(self, name: str, of_device: bool = True) -> int:
-        rest = (self.kind, self.device.index or 0) if of_device else ()
-        count: int = getattr(_library(), name)(ctypes.byref(self.problem), *rest)
-        return count
-
     def __call__(self, name: str) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
         function = getattr(_library(), name)
@@ -220,14 +226,22 @@ class _Call:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    return load(str(build.library()))
+    return load(str(build.library()), build.sources_digest())
 
 
-def load(path: str) -> ctypes.CDLL:
-    """Opens the compiled library."""
+def load(path: str, sources: str | None = None) -> ctypes.CDLL:
+    """Opens the compiled library.
+
+    Raises:
+        BuildError: It was made of other sources than `sources`.
+    """
     library = ctypes.CDLL(path)
-    for name in ("mt_statistics", "mt_forward", "mt_backward"):
+    for name in _TEXTS:
         getattr(library, name).restype = ctypes.c_char_p
+    if sources is not None and library.mt_sources().decode() != sources:
+        raise build.BuildError(
+            f"{path} was built from other sources: build it again (python -m {build.__name__}) or remove it"
+        )
     size = library.mt_problem_bytes()
     assert size == ctypes.sizeof(_Problem), f"{path}: struct Problem has {size} bytes"
     return library

@@ -12,7 +12,8 @@ from mt_deepspeed.kernels.manager_aggregation import build, cuda_impl
 
 
 @lru_cache(maxsize=1)
-def _library() -> Path:
+def library() -> Path:
+    """The compiled library."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -24,6 +25,6 @@ def _library() -> Path:
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backend `cuda` computes on CPU tensors until the end of the test."""
-    library = cuda_impl.load(str(_library()))
-    monkeypatch.setattr(cuda_impl, "_library", lambda: library)
+    loaded = cuda_impl.load(str(library()))
+    monkeypatch.setattr(cuda_impl, "_library", lambda: loaded)
     monkeypatch.setattr(cuda_impl, "DEVICE", "cpu")

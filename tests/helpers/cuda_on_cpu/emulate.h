@@ -150,7 +150,12 @@ inline size_t shared_memory_limit(int) {
   return bytes ? std::atol(bytes) : 232448;
 }
 template <typename Kernel>
-int resident_blocks(Kernel, int, size_t) {
-  return 2;
+const char* resident_blocks(Kernel, int, int, int& blocks) {
+  blocks = 2;
+  return nullptr;
+}
+template <typename Kernel>
+const char* unusable(Kernel) {
+  return nullptr;
 }
 inline const char* last_error() { return nullptr; }

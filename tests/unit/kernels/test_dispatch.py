@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mt_deepspeed.kernels.manager_aggregation import (
     build,
     cpu_impl,
+    cuda_impl,
     dispatch,
     manager_aggregation,
     reference,
 )
+from tests.helpers import cuda_on_cpu
 from tests.helpers.aggregation import Case, needs_cpu_library
 
 
@@ -150,6 +152,13 @@ def test_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert dispatch.preferred("cuda") == ["triton", "reference"], "nothing compiles unasked"
     monkeypatch.setattr(build, "BUILT_AHEAD", tmp_path)
     assert dispatch.preferred("cuda") == ["cuda", "triton", "reference"]
+
+
+def test_a_library_built_ahead_from_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "BUILT_AHEAD", cuda_on_cpu.library())
+    cuda_impl._library.cache_clear()
+    with pytest.raises(build.BuildError, match="was built from other sources"):
+        cuda_impl._library()
 
 
 def _fake_nvcc(folder: Path, release: str, monkeypatch: pytest.MonkeyPatch) -> Path:

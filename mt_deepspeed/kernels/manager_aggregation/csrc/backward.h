@@ -42,14 +42,14 @@ DEVICE void store_state_grad(void* to, long long pack, const float (&inner)[kWid
 }
 
 template <typename T, int kMaxExperts>
-KERNEL backward_kernel(const Problem p, const bool rows_in_shared_memory) {
+KERNEL backward_kernel(const Problem p) {
   SHARED(shared);
   const int chunks = p.size / kWidth, chunk = threadIdx.x, n = p.num_experts, states = n + p.num_previous;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const bool present = chunk < chunks;  // the last warp may be partly idle, but takes part in the sums
-  const int rows = num_rows(p), reduced = 2 * states + n;
+  const int rows = p.num_rows, reduced = 2 * states + n;
   float* const sums = shared;  // [2, warps, reduced]: two tokens' sums, so that one barrier a token is enough
-  float* const own = rows_in_shared_memory ? shared + (2 * warps * reduced + 3) / 4 * 4
+  float* const own = p.shared_rows ? shared + (2 * warps * reduced + 3) / 4 * 4
                                            : p.partial + (long long)blockIdx.x * rows * p.size;
   const float zeros[kWidth] = {};
   if (present) {
@@ -189,7 +189,7 @@ KERNEL backward_kernel(const Problem p, const bool rows_in_shared_memory) {
     }
   }
 
-  if (rows_in_shared_memory && present) {
+  if (p.shared_rows && present) {
     for (int row = 0; row < rows; ++row) {
       float values[kWidth];
       load(own, row * chunks + chunk, values);

@@ -7,6 +7,9 @@
 #include "backward.h"
 #include "forward.h"
 
+#define QUOTED(text) #text
+#define TEXT(macro) QUOTED(macro)
+
 namespace {
 
 #ifdef __CUDACC__
@@ -27,26 +30,23 @@ void with_types(const Problem& p, int kind, Call call) {
   with_type(float16());
 }
 
-struct Plan {
-  int threads;
-  int blocks;
-  size_t shared_bytes;
-  bool rows_in_shared_memory;
-};
+int backward_threads(const Problem& p) { return (p.size / kWidth + 31) / 32 * 32; }
 
 template <typename Kernel>
-Plan plan_backward(Kernel kernel, const Problem& p, int device) {
-  Plan plan;
-  plan.threads = (p.size / kWidth + 31) / 32 * 32;
-  const size_t sums = (2 * (plan.threads / 32) * (2 * (p.num_experts + p.num_previous) + p.num_experts) + 3) / 4 * 4;
+const char* plan_backward(Kernel kernel, Problem& p, int device) {
+  const int threads = backward_threads(p);
+  const size_t sums = (2 * (threads / 32) * (2 * (p.num_experts + p.num_previous) + p.num_experts) + 3) / 4 * 4;
   const size_t rows = size_t(num_rows(p)) * p.size;
-  plan.rows_in_shared_memory = (sums + rows) * sizeof(float) <= shared_memory_limit(device);
-  plan.shared_bytes = (sums + (plan.rows_in_shared_memory ? rows : 0)) * sizeof(float);
-  const long long resident = resident_blocks(kernel, plan.threads, plan.shared_bytes) * (long long)processors(device);
+  p.num_rows = num_rows(p);
+  p.shared_rows = (sums + rows) * sizeof(float) <= shared_memory_limit(device);
+  p.shared_bytes = (sums + (p.shared_rows ? rows : 0)) * sizeof(float);
+  int resident = 0;
+  if (const char* error = resident_blocks(kernel, threads, p.shared_bytes, resident)) return error;
   // Each block writes its rows once: blocks of a few tokens only would spend their time on that.
   const long long useful = std::max<long long>(p.num_tokens / 16, processors(device));
-  plan.blocks = int(std::max<long long>(1, std::min({resident, useful, p.num_tokens})));
-  return plan;
+  const long long possible = resident * (long long)processors(device);
+  p.num_blocks = int(std::max<long long>(1, std::min({possible, useful, p.num_tokens})));
+  return nullptr;
 }
 
 int forward_blocks(long long warps_needed, int device) {
@@ -75,27 +75,29 @@ const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
   return last_error();
 }
 
-// Rows of a block's part of `partial`, see backward.h.
-int mt_backward_rows(const Problem* p) { return num_rows(*p); }
-
-// Number of blocks, which is the first size of `partial` and of `partial_temperature`.
-int mt_backward_blocks(const Problem* p, int kind, int device) {
-  int blocks = 0;
+// Chooses how backward runs, and with it the sizes of `partial` and `partial_temperature`: the last fields of `p`.
+const char* mt_plan_backward(Problem* p, int kind, int device, void*) {
+  const char* error = nullptr;
   with_types(*p, kind, [&](auto element, auto max_experts) {
-    blocks = plan_backward(backward_kernel<decltype(element), decltype(max_experts)::value>, *p, device).blocks;
+    error = plan_backward(backward_kernel<decltype(element), decltype(max_experts)::value>, *p, device);
   });
-  return blocks;
+  return error;
 }
 
-const char* mt_backward(const Problem* p, int kind, int device, void* stream) {
+// After mt_plan_backward.
+const char* mt_backward(const Problem* p, int kind, int, void* stream) {
   with_types(*p, kind, [&](auto element, auto max_experts) {
-    const auto kernel = backward_kernel<decltype(element), decltype(max_experts)::value>;
-    const Plan plan = plan_backward(kernel, *p, device);
-    LAUNCH(kernel, plan.blocks, plan.threads, plan.shared_bytes, static_cast<Stream>(stream), *p,
-           plan.rows_in_shared_memory);
+    LAUNCH((backward_kernel<decltype(element), decltype(max_experts)::value>), p->num_blocks, backward_threads(*p),
+           p->shared_bytes, static_cast<Stream>(stream), *p);
   });
   return last_error();
 }
+
+// Why the kernels cannot run on the current device (an older driver, another processor), or null.
+const char* mt_unusable() { return unusable(statistics_kernel<float>); }
+
+// What the library was compiled from, see build.py.
+const char* mt_sources() { return TEXT(MT_SOURCES); }
 
 int mt_problem_bytes() { return int(sizeof(Problem)); }
 

@@ -16,7 +16,7 @@ using float16 = __half;
 #define HOST_AND_DEVICE __host__ __device__ inline
 #define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
-#define SHARED(name) extern __shared__ float name[]
+#define SHARED(name) extern __shared__ __align__(16) float name[]
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
@@ -54,19 +54,27 @@ inline size_t shared_memory_limit(int device) {
   return bytes;
 }
 
-// Allows the kernel `shared_bytes` and returns how many of its blocks a processor holds at a time.
-template <typename Kernel>
-int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
-  return blocks;
-}
+// Null, or what an error means.
+inline const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // Null, or what went wrong since the last call.
-inline const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+inline const char* last_error() { return text(cudaGetLastError()); }
+
+// Allows the kernel `shared_bytes` and finds how many of its blocks a processor holds at a time.
+template <typename Kernel>
+const char* resident_blocks(Kernel kernel, int threads, int shared_bytes, int& blocks) {
+  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const char* error = text(cudaFuncSetAttribute(kernel, limit, shared_bytes))) return error;
+  return text(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+}
+
+// Null, or why the kernel cannot be loaded on the current device.
+template <typename Kernel>
+const char* unusable(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();  // clears it: said here, and not by the next call
+  return text(error);
 }
 
 #else

@@ -42,6 +42,11 @@ struct Problem {
   unsigned offset;
   float noise_scale;
   float eps;
+  // Of backward, chosen by mt_plan_backward.
+  int num_blocks;
+  int num_rows;
+  int shared_rows;  // whether a block's rows lie in shared memory
+  int shared_bytes;
 };
 
 // 8 channels, read and written 16 bytes at a time.
