@@ -119,14 +119,18 @@ inline float warp_sum(float x) {
   return values[0];
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-  const unsigned bits = unsigned(x.bits) << 16;
+inline float as_float(unsigned bits) {
   float result;
   std::memcpy(&result, &bits, 4);
   return result;
 }
-inline float to_float(float16 x) { return float(x); }
+inline float to_float(bfloat16, unsigned bits) { return as_float(bits << 16); }
+inline float to_float(float16, unsigned bits) {
+  const unsigned short half = static_cast<unsigned short>(bits);
+  float16 result;
+  std::memcpy(&result, &half, 2);
+  return float(result);
+}
 inline void from_float(float x, float& to) { to = x; }
 inline void from_float(float x, bfloat16& to) {
   unsigned bits;
@@ -138,8 +142,9 @@ inline void from_float(float x, float16& to) { to = float16(x); }
 inline float fast_log2(float x) { return std::log2(x); }
 inline float fast_sin(float x) { return std::sin(x); }
 inline float fast_cos(float x) { return std::cos(x); }
-inline float fast_divide(float x, float y) { return x / y; }
-inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_sqrt(float x) { return std::sqrt(x); }
+inline float fast_inverse(float x) { return 1.0f / x; }
 inline unsigned high_product(unsigned x, unsigned y) { return unsigned((unsigned long long)x * y >> 32); }
 using std::fmaxf;
 

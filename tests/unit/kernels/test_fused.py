@@ -12,7 +12,15 @@ from mt_deepspeed.kernels.manager_aggregation import manager_aggregation
 from mt_deepspeed.kernels.manager_aggregation.reference import aggregate
 from mt_deepspeed.models import managers
 from tests.helpers import cuda_on_cpu
-from tests.helpers.aggregation import CASES, Case, check, differentiated, materialised, needs_cpu_library
+from tests.helpers.aggregation import (
+    CASES,
+    Case,
+    check,
+    differentiated,
+    materialised,
+    needs_cpu_library,
+    truth,
+)
 
 BACKENDS = ["triton", "cuda", "cpu"]
 
@@ -47,12 +55,20 @@ def test_two_runs_give_the_same_bits(backend: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_large_scores_do_not_overflow(backend: str) -> None:
+@pytest.mark.parametrize("logits", [[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4], [-1e4, -2e4, -1e4]], ids=str)
+def test_large_scores_do_not_overflow(logits: list[float], backend: str) -> None:
     arguments = Case(3, 1, (1, 2, 16), adaptive=True).arguments()
-    arguments["logits"] = torch.tensor([1e4, -1e4, 0.0]).expand(1, 2, 3)
+    arguments["logits"] = torch.tensor(logits).expand(1, 2, 3)
     arguments["temperature"] = torch.tensor([0.01])
     found = differentiated(lambda **call: manager_aggregation(**call, backend=backend), arguments)
     assert all(value.isfinite().all() for value in found.values())
+    torch.testing.assert_close(found["out"], truth(arguments)["out"].float())
+
+
+def test_an_odd_number_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu.use(monkeypatch)
+    check(Case(3, 2, (3, 67, 24), noise="own"), "cuda")
+    check(Case(7, 1, (3, 67, 264), adaptive=True, noise="given"), "cuda")
 
 
 def test_logits_of_any_strides(backend: str) -> None:

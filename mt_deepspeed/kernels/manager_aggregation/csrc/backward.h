@@ -66,7 +66,7 @@ KERNEL backward_kernel(const Problem p) {
     if (present) {
       const Pack<T> found = load<T>(p.grad, token * chunks + chunk);
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) grad[c] = to_float(found.values[c]);
+      for (int c = 0; c < kWidth; ++c) grad[c] = found[c];
       each_expert<kMaxExperts>(n, [&](int i) {
         packs[i] = load<T>(p.states[i], token * chunks + chunk);
       });
@@ -84,7 +84,7 @@ KERNEL backward_kernel(const Problem p) {
         load(p.norm_bias, i * chunks + chunk, bias);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
-          const float standard = (to_float(packs[i].values[c]) - mean) * inverse_deviation;
+          const float standard = (packs[i][c] - mean) * inverse_deviation;
           mixed[c] += grads[i][c] * (standard * gain[c] + bias[c]);
         }
       });
@@ -99,7 +99,7 @@ KERNEL backward_kernel(const Problem p) {
         load(p.norm_bias, i * chunks + chunk, bias);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
-          const float standard = (to_float(packs[i].values[c]) - mean) * inverse_deviation;
+          const float standard = (packs[i][c] - mean) * inverse_deviation;
           grads[i][c] *= grad[c];
           gain_grad[c] = grads[i][c] * standard;
           score_grad[c] = grads[i][c] * (standard * gain[c] + bias[c] - mixed[c]) * inverse_temperature;
@@ -133,7 +133,7 @@ KERNEL backward_kernel(const Problem p) {
         load(p.previous_weight, j * chunks + chunk, weight);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
-          along[c] = grad[c] * (to_float(pack.values[c]) - mean) * inverse_deviation;
+          along[c] = grad[c] * (pack[c] - mean) * inverse_deviation;
           inner_sum += grad[c] * weight[c] * gain[c];
           along_sum += along[c] * weight[c] * gain[c];
         }
@@ -166,7 +166,7 @@ KERNEL backward_kernel(const Problem p) {
       load(p.norm_weight, i * chunks + chunk, gain);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        standard[c] = (to_float(packs[i].values[c]) - mean) * inverse_deviation;
+        standard[c] = (packs[i][c] - mean) * inverse_deviation;
         gain[c] *= grads[i][c];
       }
       store_state_grad<T>(p.state_grads[i], token * chunks + chunk, gain, standard, total(i) * inverse_size,
@@ -181,7 +181,7 @@ KERNEL backward_kernel(const Problem p) {
       load(p.previous_weight, j * chunks + chunk, weight);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        standard[c] = (to_float(pack.values[c]) - mean) * inverse_deviation;
+        standard[c] = (pack[c] - mean) * inverse_deviation;
         gain[c] *= grad[c] * weight[c];
       }
       store_state_grad<T>(p.state_grads[n + j], token * chunks + chunk, gain, standard, total(n + j) * inverse_size,

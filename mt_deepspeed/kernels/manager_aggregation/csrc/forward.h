@@ -1,10 +1,10 @@
-// Statistics and forward: a warp per token, no shared memory, no synchronisation of blocks.
+// Statistics: a warp per token and state. Forward: a block per kTokens tokens, a thread per 8 channels of each, so that
+// they share one reading of the parameters and few tokens still make many warps.
 #pragma once
 
 #include "problem.h"
 
-constexpr int kForwardThreads = 128;
-constexpr int kForwardBlocks = 3;  // on a processor at a time: at most 170 registers, for more warps to hide latency
+constexpr int kStatisticsThreads = 128;
 constexpr int kMaxChunksPerLane = kMaxSize / kWidth / 32;
 
 // Mean and inverse deviation of a row; all lanes of the warp call it and receive the same.
@@ -19,7 +19,7 @@ DEVICE void moments(const void* state, long long token, int chunks, float eps, i
     if (chunk >= chunks) break;
     packs[k] = load<T>(state, token * chunks + chunk);
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) sum += to_float(packs[k].values[c]);
+    for (int c = 0; c < kWidth; ++c) sum += packs[k][c];
   }
   mean = warp_sum(sum) / (chunks * kWidth);
   float squares = 0;
@@ -28,7 +28,7 @@ DEVICE void moments(const void* state, long long token, int chunks, float eps, i
     if (lane + 32 * k >= chunks) break;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      const float centred = to_float(packs[k].values[c]) - mean;
+      const float centred = packs[k][c] - mean;
       squares += centred * centred;
     }
   }
@@ -50,53 +50,172 @@ KERNEL statistics_kernel(const Problem p) {
   }
 }
 
-template <typename T, int kMaxExperts>
-KERNEL LAUNCH_BOUNDS(kForwardThreads, kForwardBlocks) forward_kernel(const Problem p) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, chunks = p.size / kWidth;
-  const int n = p.num_experts;
-  const float inverse_temperature = 1.0f / *p.temperature;
-  for (long long token = blockIdx.x * warps + threadIdx.x / 32; token < p.num_tokens;
-       token += (long long)gridDim.x * warps) {
-    for (int j = 0; j < p.num_previous; ++j) {
-      float mean, inverse_deviation;
-      moments<T>(p.states[n + j], token, chunks, p.eps, lane, mean, inverse_deviation);
-      if (lane == 0) {
-        p.previous_statistics[j * p.num_tokens + token] = mean;
-        p.previous_statistics[(p.num_previous + j) * p.num_tokens + token] = inverse_deviation;
+// What a thread reads of one state and token; the statistics of experts only.
+template <typename T>
+struct Part {
+  Pack<T> pack;
+  float mean, inverse_deviation;
+};
+
+// Of state i, if there is one; `at`: where in it the tokens' channels lie.
+template <typename T, int kTokens>
+DEVICE void load_parts(const Problem& p, int i, const long long (&tokens)[kTokens], const long long (&at)[kTokens],
+                       Part<T> (&to)[kTokens]) {
+  const float* const means = p.statistics + i * p.num_tokens;
+#pragma unroll
+  for (int k = 0; k < kTokens; ++k) {
+    if (i < p.num_experts + p.num_previous) to[k].pack = load<T>(p.states[i], at[k]);
+    if (i < p.num_experts) {
+      to[k].mean = means[tokens[k]];
+      to[k].inverse_deviation = means[p.num_experts * p.num_tokens + tokens[k]];
+    }
+  }
+}
+
+template <typename T>
+DEVICE void standardise(const Part<T>& part, float (&to)[kWidth]) {
+  const float shift = -part.mean * part.inverse_deviation;
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) to[c] = part.pack[c] * part.inverse_deviation + shift;
+}
+
+// A token's mixture of the experts seen so far: weights are 2^(score - base). The base is 0, or the first score where
+// that is far from 0, and is raised when a later score exceeds it by so much that the sums might overflow.
+struct Mixture {
+  static constexpr float kExcess = 64;
+  float total[kWidth] = {}, sum[kWidth] = {}, base[kWidth] = {};
+
+  DEVICE void add(bool first, float (&above)[kWidth], const float (&values)[kWidth]) {
+    float most = 0;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) most = fmaxf(most, fabsf(above[c]));
+    if (most > kExcess) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        const float excess = fmaxf(above[c], 0.0f), rise = first ? above[c] : excess, decay = fast_exp2(-excess);
+        base[c] += rise, above[c] -= rise, sum[c] *= decay, total[c] *= decay;
       }
     }
-    sync_warp();  // lane 0's numbers are read by all lanes below
-    for (int chunk = lane; chunk < chunks; chunk += 32) {
-      float weights[kMaxExperts][kWidth], total[kWidth] = {};
-      mixing_weights<kMaxExperts>(p, token, chunk, inverse_temperature, weights, weights);
-      each_expert<kMaxExperts>(n, [&](int i) {
-        const float mean = p.statistics[i * p.num_tokens + token];
-        const float inverse_deviation = p.statistics[(n + i) * p.num_tokens + token];
-        const Pack<T> pack = load<T>(p.states[i], token * chunks + chunk);
-        float gain[kWidth], bias[kWidth];
-        load(p.norm_weight, i * chunks + chunk, gain);
-        load(p.norm_bias, i * chunks + chunk, bias);
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          const float standard = (to_float(pack.values[c]) - mean) * inverse_deviation;
-          total[c] += weights[i][c] * (standard * gain[c] + bias[c]);
-        }
-      });
-      for (int j = 0; j < p.num_previous; ++j) {
-        const float mean = p.previous_statistics[j * p.num_tokens + token];
-        const float inverse_deviation = p.previous_statistics[(p.num_previous + j) * p.num_tokens + token];
-        float gain[kWidth], bias[kWidth], weight[kWidth];
-        load(p.norm_weight, (n + j) * chunks + chunk, gain);
-        load(p.norm_bias, (n + j) * chunks + chunk, bias);
-        load(p.previous_weight, j * chunks + chunk, weight);
-        const Pack<T> pack = load<T>(p.states[n + j], token * chunks + chunk);
+    for (int c = 0; c < kWidth; ++c) {
+      const float weight = fast_exp2(above[c]);
+      sum[c] += weight;
+      total[c] += weight * values[c];
+    }
+  }
+};
+
+// Means and deviations of the rows that a block's threads hold, from those of its warps (Chan et al., 1979).
+template <typename T, int kTokens>
+DEVICE void block_moments(float* shared, bool present, int size, float eps, Part<T> (&parts)[kTokens]) {
+  struct alignas(8) Moments {
+    float mean, squares;
+  };
+  Moments* const of_warps = reinterpret_cast<Moments*>(shared);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, last = size - 32 * kWidth * (warps - 1);
+  const float inverse_count = 1.0f / (warp + 1 < warps ? 32 * kWidth : last);
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          const float standard = (to_float(pack.values[c]) - mean) * inverse_deviation;
-          total[c] += weight[c] * (standard * gain[c] + bias[c]);
+  for (int k = 0; k < kTokens; ++k) {
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) sum += present ? parts[k].pack[c] : 0;
+    const float mean = warp_sum(sum) * inverse_count;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      const float centred = present ? parts[k].pack[c] - mean : 0;
+      squares += centred * centred;
+    }
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) of_warps[warp * kTokens + k] = {mean, squares};
+  }
+  sync_block();
+#pragma unroll
+  for (int k = 0; k < kTokens; ++k) {
+    const float first = of_warps[k].mean;  // all is taken relative to it, so that nothing cancels
+    float squares = of_warps[(warps - 1) * kTokens + k].squares, apart = of_warps[(warps - 1) * kTokens + k].mean - first;
+    float sum = apart * last;
+    squares += apart * sum;
+#pragma unroll 1
+    for (int w = 0; w < warps - 1; ++w) {
+      const Moments one = of_warps[w * kTokens + k];
+      apart = one.mean - first;
+      sum += apart * (32 * kWidth);
+      squares += one.squares + apart * apart * (32 * kWidth);
+    }
+    const float offset = sum * (1.0f / size);
+    parts[k].mean = first + offset;
+    parts[k].inverse_deviation = fast_inverse(fast_sqrt((squares - offset * sum) * (1.0f / size) + eps));
+  }
+}
+
+template <typename T, int kNoise, bool kAdaptive, int kTokens>
+KERNEL LAUNCH_BOUNDS(kMaxSize / kWidth, 2) forward_kernel(const Problem p) {
+  SHARED(shared);
+  const int n = p.num_experts, chunks = p.size / kWidth;
+  const bool present = threadIdx.x < chunks;  // the last warp may be partly idle, but takes part in the sums
+  const int chunk = present ? threadIdx.x : 0;
+  const Scores<kNoise, kAdaptive> scores(p);
+  int parity = 0;  // two halves of `shared`, so that one barrier a state is enough
+
+  const long long step = (long long)gridDim.x * kTokens;
+  for (long long first = (long long)blockIdx.x * kTokens; first < p.num_tokens; first += step) {
+    long long tokens[kTokens], at[kTokens];  // the last one repeats where there are no more: both write the same
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      tokens[k] = first + k < p.num_tokens ? first + k : p.num_tokens - 1;
+      at[k] = tokens[k] * chunks + chunk;
+    }
+    Part<T> parts[kTokens], next[kTokens];  // a state is loaded while the one before is computed with
+    Mixture mixtures[kTokens];
+    load_parts(p, 0, tokens, at, next);
+    int parameters = chunk;  // where a state's lie
+    for (int i = 0; i < n; ++i, parameters += chunks) {
+      float gain[kWidth], bias[kWidth], logits[kWidth];
+      scores.load_logits(p, parameters, logits);
+      load(p.norm_weight, parameters, gain);
+      load(p.norm_bias, parameters, bias);
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) parts[k] = next[k];
+      load_parts(p, i + 1, tokens, at, next);
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) {
+        float above[kWidth], values[kWidth];
+        scores.above(p, i, tokens[k], chunk, logits, mixtures[k].base, above);
+        standardise(parts[k], values);
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) values[c] = values[c] * gain[c] + bias[c];
+        mixtures[k].add(i == 0, above, values);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) mixtures[k].total[c] *= fast_inverse(mixtures[k].sum[c]);
+    }
+    for (int j = 0; j < p.num_previous; ++j, parameters += chunks, parity ^= 1) {
+      float gain[kWidth], bias[kWidth], weight[kWidth];
+      load(p.norm_weight, parameters, gain);
+      load(p.norm_bias, parameters, bias);
+      load(p.previous_weight, j * chunks + chunk, weight);
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) parts[k] = next[k];
+      load_parts(p, n + j + 1, tokens, at, next);
+      block_moments(shared + parity * 2 * kTokens * (blockDim.x / 32), present, p.size, p.eps, parts);
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) {
+        float values[kWidth];
+        standardise(parts[k], values);
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) mixtures[k].total[c] += weight[c] * (values[c] * gain[c] + bias[c]);
+        if (threadIdx.x == 0) {
+          p.previous_statistics[j * p.num_tokens + tokens[k]] = parts[k].mean;
+          p.previous_statistics[(p.num_previous + j) * p.num_tokens + tokens[k]] = parts[k].inverse_deviation;
         }
       }
-      store<T>(p.out, token * chunks + chunk, total);
+    }
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+      if (present) store<T>(p.out, at[k], mixtures[k].total);
     }
   }
 }

@@ -49,9 +49,32 @@ const char* plan_backward(Kernel kernel, Problem& p, int device) {
   return nullptr;
 }
 
-int forward_blocks(long long warps_needed, int device) {
-  const long long blocks = (warps_needed + kForwardThreads / 32 - 1) / (kForwardThreads / 32);
-  return int(std::min<long long>(blocks, 64LL * processors(device)));
+// Calls `call` with the kind of noise and whether logits are adaptive.
+template <typename Call>
+void with_kinds(const Problem& p, Call call) {
+  const auto with_noise = [&](auto adaptive) {
+    if (p.noise_kind == kNone) return call(std::integral_constant<int, kNone>(), adaptive);
+    if (p.noise_kind == kGiven) return call(std::integral_constant<int, kGiven>(), adaptive);
+    call(std::integral_constant<int, kPhilox>(), adaptive);
+  };
+  if (p.adaptive) return with_noise(std::true_type());
+  with_noise(std::false_type());
+}
+
+// Two tokens share what is read of the parameters, unless that would leave processors without work.
+constexpr int kTokens = 2;
+constexpr int kWarpsThatKeepBusy = 16;
+
+template <int kTokens, typename Element>
+void launch_forward(const Problem& p, int device, Stream stream) {
+  const int threads = (p.size / kWidth + 31) / 32 * 32;
+  const long long needed = (p.num_tokens + kTokens - 1) / kTokens;
+  const int blocks = int(std::min<long long>(needed, 64LL * processors(device)));
+  const size_t shared_bytes = 2 * 2 * kTokens * (threads / 32) * sizeof(float);
+  with_kinds(p, [&](auto noise, auto adaptive) {
+    LAUNCH((forward_kernel<Element, decltype(noise)::value, decltype(adaptive)::value, kTokens>), blocks, threads,
+           shared_bytes, stream, p);
+  });
 }
 
 }  // namespace
@@ -59,18 +82,20 @@ int forward_blocks(long long warps_needed, int device) {
 extern "C" {
 
 const char* mt_statistics(const Problem* p, int kind, int device, void* stream) {
-  const int blocks = forward_blocks(p->num_tokens * p->num_experts, device);
+  const long long needed = (p->num_tokens * p->num_experts * 32 + kStatisticsThreads - 1) / kStatisticsThreads;
+  const int blocks = int(std::min<long long>(needed, 64LL * processors(device)));
   with_types(*p, kind, [&](auto element, auto) {
-    LAUNCH((statistics_kernel<decltype(element)>), blocks, kForwardThreads, 0, static_cast<Stream>(stream), *p);
+    LAUNCH((statistics_kernel<decltype(element)>), blocks, kStatisticsThreads, 0, static_cast<Stream>(stream), *p);
   });
   return last_error();
 }
 
 const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
-  const int blocks = forward_blocks(p->num_tokens, device);
-  with_types(*p, kind, [&](auto element, auto max_experts) {
-    LAUNCH((forward_kernel<decltype(element), decltype(max_experts)::value>), blocks, kForwardThreads, 0,
-           static_cast<Stream>(stream), *p);
+  const long long warps = p->num_tokens / kTokens * ((p->size / kWidth + 31) / 32);
+  const bool few = warps < (long long)kWarpsThatKeepBusy * processors(device);
+  with_types(*p, kind, [&](auto element, auto) {
+    if (few) return launch_forward<1, decltype(element)>(*p, device, static_cast<Stream>(stream));
+    launch_forward<kTokens, decltype(element)>(*p, device, static_cast<Stream>(stream));
   });
   return last_error();
 }

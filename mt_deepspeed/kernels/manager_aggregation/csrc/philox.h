@@ -20,16 +20,19 @@ DEVICE Words philox(Words counter, unsigned key0, unsigned key1) {
   return counter;
 }
 
-// The normals of 8 neighbouring channels, times `scale`.
-DEVICE void normals(Words bits, float scale, float (&to)[8]) {
+// Adds the normals of 8 neighbouring channels, times `scale`, to `to`.
+DEVICE void add_normals(Words bits, float scale, float (&to)[8]) {
+  const float squared_scale = -1.3862943611198906f * scale * scale;  // -2 ln(u) = -2 ln(2) log2(u)
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float uniform = (float(bits.w[j] & 0xFFFFu) + 0.5f) * (1.0f / 65536);
-    const float squared = -1.3862943611198906f * fast_log2(uniform);  // -2 ln(uniform) > 0
-    // Half a turn less, where sine and cosine are exact to 2^-21, and the opposite sign.
-    const float radius = -scale * squared * inverse_sqrt(squared);
-    const float angle = (float(int(bits.w[j] >> 16) - 32768) + 0.5f) * (6.283185307179586f / 65536);
-    to[2 * j] = radius * fast_cos(angle);
-    to[2 * j + 1] = radius * fast_sin(angle);
+    // Integers become mantissas, which saves conversions: 2^23 + k, and 1 + k / 2^16.
+    const float low = as_float((bits.w[j] & 0xFFFFu) | 0x4B000000u);
+    const float high = as_float((bits.w[j] >> 9 & 0x7FFF80u) | 0x3F800000u);
+    const float uniform = low * (1.0f / 65536) - 8388607.5f / 65536;  // exact
+    const float radius = fast_sqrt(squared_scale * fast_log2(uniform));
+    // 2 pi (k + 1/2) / 2^16 - pi: half a turn less, where sine and cosine are exact to 2^-21, and the opposite sign.
+    const float angle = high * 6.283185307179586f - 9.424730021f;
+    to[2 * j] -= radius * fast_cos(angle);
+    to[2 * j + 1] -= radius * fast_sin(angle);
   }
 }

@@ -18,18 +18,29 @@ using float16 = __half;
   kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 
-DEVICE float to_float(float x) { return x; }
-DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
-DEVICE float to_float(float16 x) { return __half2float(x); }
+DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
+
+DEVICE float to_float(bfloat16, unsigned bits) { return as_float(bits << 16); }
+DEVICE float to_float(float16, unsigned bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE void from_float(float x, float& to) { to = x; }
 DEVICE void from_float(float x, bfloat16& to) { to = __float2bfloat16_rn(x); }
 DEVICE void from_float(float x, float16& to) { to = __float2half_rn(x); }
 
-DEVICE float fast_log2(float x) { return __log2f(x); }
-DEVICE float fast_sin(float x) { return __sinf(x); }
-DEVICE float fast_cos(float x) { return __cosf(x); }
-DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
-DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+// The hardware's own functions; denormal numbers count as 0, which spares scaling them.
+#define FAST(name, instruction)                                  \
+  DEVICE float name(float x) {                                   \
+    float y;                                                     \
+    asm(#instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); \
+    return y;                                                    \
+  }
+FAST(fast_log2, lg2)
+FAST(fast_exp2, ex2)
+FAST(fast_sin, sin)
+FAST(fast_cos, cos)
+FAST(fast_sqrt, sqrt)
+FAST(fast_inverse, rcp)
+#undef FAST
+
 DEVICE unsigned high_product(unsigned x, unsigned y) { return __umulhi(x, y); }
 
 // Sum over the lanes of a warp; the same bits in every lane.

@@ -49,34 +49,83 @@ struct Problem {
   int shared_bytes;
 };
 
-// 8 channels, read and written 16 bytes at a time.
+// 8 channels as they are read, 16 bytes at a time. Held as words: the compiler would take 2-byte ones apart.
 template <typename T>
 struct alignas(16) Pack {
-  T values[kWidth];
+  unsigned words[kWidth * sizeof(T) / 4];
+
+  DEVICE float operator[](int c) const {
+    if constexpr (sizeof(T) == 4) {
+      return as_float(words[c]);
+    } else {
+      return to_float(T(), c % 2 ? words[c / 2] >> 16 : words[c / 2] & 0xFFFFu);
+    }
+  }
 };
 
 struct alignas(16) Quad {
   float values[4];
 };
 
-template <typename T>
-DEVICE Pack<T> load(const void* from, long long pack) {
+template <typename T, typename Index>
+DEVICE Pack<T> load(const void* from, Index pack) {
   return static_cast<const Pack<T>*>(from)[pack];
 }
 
-DEVICE void load(const float* from, long long pack, float (&to)[kWidth]) {
-  const Pack<float> found = reinterpret_cast<const Pack<float>*>(from)[pack];
+template <typename Index>
+DEVICE void load(const float* from, Index pack, float (&to)[kWidth]) {
+  const Pack<float> found = load<float>(static_cast<const void*>(from), pack);
 #pragma unroll
-  for (int c = 0; c < kWidth; ++c) to[c] = found.values[c];
+  for (int c = 0; c < kWidth; ++c) to[c] = found[c];
 }
 
 template <typename T>
 DEVICE void store(void* to, long long pack, const float (&values)[kWidth]) {
-  Pack<T> made;
+  struct alignas(16) Made {
+    T values[kWidth];
+  } made;
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) from_float(values[c], made.values[c]);
-  static_cast<Pack<T>*>(to)[pack] = made;
+  static_cast<Made*>(to)[pack] = made;
 }
+
+// Scores (logit + noise) / temperature in units of log 2, so that a softmax is made of powers of 2.
+template <int kNoise, bool kAdaptive>
+struct Scores {
+  float scale;
+  unsigned key0 = 0, key1 = 0;
+
+  DEVICE explicit Scores(const Problem& p) : scale(kLog2e / *p.temperature) {
+    if constexpr (kNoise == kPhilox) {
+      const unsigned long long seed = static_cast<unsigned long long>(*p.seed);
+      key0 = unsigned(seed), key1 = unsigned(seed >> 32);
+    }
+  }
+
+  // Logits of an expert that all tokens share.
+  DEVICE void load_logits(const Problem& p, int pack, float (&to)[kWidth]) const {
+    if constexpr (!kAdaptive) load(p.logits, pack, to);
+  }
+
+  // Scores of a token's channels less `base`.
+  DEVICE void above(const Problem& p, int i, long long token, int chunk, const float (&logits)[kWidth],
+                    const float (&base)[kWidth], float (&to)[kWidth]) const {
+    float own = 0;
+    if constexpr (kAdaptive) own = p.logits[token * p.num_experts + i];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) to[c] = (kAdaptive ? own : logits[c]) * scale - base[c];
+    if constexpr (kNoise == kGiven) {
+      float noise[kWidth];
+      load(p.noise, (i * p.num_tokens + token) * (p.size / kWidth) + chunk, noise);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) to[c] += noise[c] * scale;
+    }
+    if constexpr (kNoise == kPhilox) {
+      const Words counter = {{unsigned(token), unsigned(i), unsigned(chunk), p.offset}};
+      add_normals(philox(counter, key0, key1), p.noise_scale * scale, to);
+    }
+  }
+};
 
 // Calls `body` for each expert. A few of them are unrolled, so that what is kept of each lies in registers; many are
 // looped over, and lie in local memory.
@@ -108,7 +157,7 @@ DEVICE void mixing_weights(const Problem& p, long long token, int chunk, float i
     if (p.noise_kind == kGiven) load(p.noise, (i * p.num_tokens + token) * chunks + chunk, noise);
     if (p.noise_kind == kPhilox) {
       const Words counter = {{unsigned(token), unsigned(i), unsigned(chunk), p.offset}};
-      normals(philox(counter, unsigned(seed), unsigned(seed >> 32)), p.noise_scale, noise);
+      add_normals(philox(counter, unsigned(seed), unsigned(seed >> 32)), p.noise_scale, noise);
     }
     if (p.adaptive) {
       const float logit = p.logits[token * p.num_experts + i];
@@ -126,12 +175,12 @@ DEVICE void mixing_weights(const Problem& p, long long token, int chunk, float i
   each_expert<kMaxExperts>(p.num_experts, [&](int i) {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      weights[i][c] = exp2f((scores[i][c] - largest[c]) * kLog2e);
+      weights[i][c] = fast_exp2((scores[i][c] - largest[c]) * kLog2e);
       sum[c] += weights[i][c];
     }
   });
 #pragma unroll
-  for (int c = 0; c < kWidth; ++c) sum[c] = fast_divide(1.0f, sum[c]);
+  for (int c = 0; c < kWidth; ++c) sum[c] = fast_inverse(sum[c]);
   each_expert<kMaxExperts>(p.num_experts, [&](int i) {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) weights[i][c] *= sum[c];
