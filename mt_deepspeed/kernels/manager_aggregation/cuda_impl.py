@@ -17,6 +17,13 @@ MAX_EXPERTS, MAX_STATES, MAX_SIZE = 24, 32, 2048
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE = "cuda"  # tests run the same code on the CPU
 _TEXTS = ("mt_statistics", "mt_forward", "mt_plan_backward", "mt_backward", "mt_unusable", "mt_sources")
+_GRADIENTS = (
+    "norm_weight_grad",
+    "norm_bias_grad",
+    "logits_grad",
+    "temperature_grad",
+    "previous_weight_grad",
+)
 _NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
 
 
@@ -36,11 +43,11 @@ class _Problem(ctypes.Structure):
                 "norm_weight",
                 "norm_bias",
                 "logits",
-                "logits_grad",
                 "temperature",
                 "previous_weight",
                 "noise",
                 "seed",
+                *_GRADIENTS,
                 "partial",
                 "partial_temperature",
             )
@@ -56,6 +63,7 @@ class _Problem(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("num_blocks", ctypes.c_int),
         ("num_rows", ctypes.c_int),
+        ("row_floats", ctypes.c_int),
         ("shared_rows", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
     ]
@@ -119,31 +127,24 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def backward(a: Arguments, previous_statistics: Tensor, grad: Tensor) -> Gradients:
     """See the package's docstring."""
-    n, p, size = len(a.experts), len(a.previous), a.norm_weight.shape[1]
+    n = len(a.experts)
     states = [torch.empty_like(state) for state in (*a.experts, *a.previous)]
-    logits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
+    parameters = [
+        one.new_empty(one.shape)
+        for one in (a.norm_weight, a.norm_bias, a.logits, a.temperature, a.previous_weight)
+    ]
     with _Call(_problem(a), a.experts[0]) as call:
         call("mt_plan_backward")
-        blocks, rows = call.problem.num_blocks, call.problem.num_rows
-        partial = a.norm_weight.new_empty((blocks, rows, size))
-        partial_temperature = a.norm_weight.new_empty((blocks,))
+        plan = call.problem
+        partial = a.norm_weight.new_empty((plan.num_blocks, plan.num_rows, plan.row_floats))
+        partial_temperature = a.norm_weight.new_empty((plan.num_blocks,))
         _set_common(call, a)
         call.set(grad=grad, previous_statistics=previous_statistics)
         call.set_states("state_grads", states)
-        call.set_outputs(logits_grad=logits, partial=partial, partial_temperature=partial_temperature)
+        call.set_outputs(partial=partial, partial_temperature=partial_temperature)
+        call.set_outputs(**dict(zip(_GRADIENTS, parameters, strict=True)))
         call("mt_backward")
-    sums = partial.sum(dim=0)  # rows as csrc/backward.h orders them
-    num_own = n if a.adaptive else 2 * n
-    along, total = sums[n + num_own : n + num_own + p], sums[-1:] if p else sums[:0]
-    return Gradients(
-        states[:n],
-        states[n:],
-        torch.cat([sums[:n], a.previous_weight * along]),
-        torch.cat([sums[n : 2 * n], a.previous_weight * total]),
-        logits if a.adaptive else sums[2 * n : 3 * n].clone(),
-        partial_temperature.sum(dim=0, keepdim=True),
-        a.norm_weight[n:] * along + a.norm_bias[n:] * total,
-    )
+    return Gradients(states[:n], states[n:], *parameters)
 
 
 def _problem(a: Arguments) -> _Problem:

@@ -1,208 +1,288 @@
-// Backward: a block per token, a thread per 8 channels, so that every tensor is read once.
-//
-// Gradients of parameters are sums over tokens. A block adds those of its tokens to rows of its own, in shared
-// memory where they fit and in its part of `partial` where not; the caller sums over blocks: no atomics.
-// Rows of D channels, G the gradient of the result, a_i weights, x_i standardised states, s_i scores:
-//   i                    sum of a_i G x_i      -> gradient of gain i
-//   N + i                sum of a_i G          -> gradient of bias i
-//   2 N + i              sum of d s_i / T      -> gradient of logits i (only when static)
-//   then j = 0 .. P - 1  sum of G x_{N+j};  last: sum of G     (only when P > 0)
+// Backward: a block per token, a thread per 8 channels.
 #pragma once
 
-#include "problem.h"
+#include "mixture.h"
+#include "rows.h"
 
-constexpr int kMaxReduced = 3 * kMaxStates;  // values summed over a token's channels
-constexpr int kMaxWarps = kMaxSize / kWidth / 32;
+constexpr int kKept = 6;  // experts that stay in registers: the published number; of others all is read twice
+constexpr int kMaxKeptSize = 1024;  // channels, so that three such blocks share a processor's registers
 
-HOST_AND_DEVICE int num_rows(const Problem& p) {
-  return (p.adaptive ? 2 : 3) * p.num_experts + (p.num_previous ? p.num_previous + 1 : 0);
-}
+// What a thread does; kExperts: their number where they are kept, else 0.
+template <typename T, int kExperts, int kNoise, bool kAdaptive>
+struct Backward {
+  static constexpr int kPlaces = kExperts ? kExperts : 1;
 
-DEVICE void add(float* to, const float (&values)[kWidth]) {
-  Quad* quads = reinterpret_cast<Quad*>(to);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    Quad sum = quads[half];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) sum.values[c] += values[4 * half + c];
-    quads[half] = sum;
-  }
-}
-
-// Gradient of a layer norm's input, from sums over channels of `inner` and of `inner` x `standard`.
-template <typename T>
-DEVICE void store_state_grad(void* to, long long pack, const float (&inner)[kWidth], const float (&standard)[kWidth],
-                             float mean_inner, float mean_along, float inverse_deviation) {
-  float result[kWidth];
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c) {
-    result[c] = (inner[c] - mean_inner - standard[c] * mean_along) * inverse_deviation;
-  }
-  store<T>(to, pack, result);
-}
-
-template <typename T, int kMaxExperts>
-KERNEL backward_kernel(const Problem p) {
-  SHARED(shared);
-  const int chunks = p.size / kWidth, chunk = threadIdx.x, n = p.num_experts, states = n + p.num_previous;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const bool present = chunk < chunks;  // the last warp may be partly idle, but takes part in the sums
-  const int rows = p.num_rows, reduced = 2 * states + n;
-  float* const sums = shared;  // [2, warps, reduced]: two tokens' sums, so that one barrier a token is enough
-  float* const own = p.shared_rows ? shared + (2 * warps * reduced + 3) / 4 * 4
-                                           : p.partial + (long long)blockIdx.x * rows * p.size;
-  const float zeros[kWidth] = {};
-  if (present) {
-    for (int row = 0; row < rows; ++row) store<float>(own, row * chunks + chunk, zeros);
-  }
-  const float inverse_temperature = 1.0f / *p.temperature, inverse_size = 1.0f / p.size;
+  const Problem& p;
+  float* const own;  // rows
+  const int chunks, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const bool present;  // the last warp may be partly idle, but takes part in the sums
+  const int chunk;
+  const Scores<kNoise, kAdaptive> scores;
   float temperature_sum = 0;
-  int parity = 0;
+  // Of the token:
+  float* sums = nullptr;  // [warps, num_sums]
+  long long token = 0, at = 0;
+  float grad[kWidth], mixed[kWidth], base[kWidth];  // base: a score less it is the logarithm of a weight
+  Part<T> parts[kPlaces];
+  float kept[kPlaces][kWidth];  // scores, then gradients of scaled states
 
-  for (long long token = blockIdx.x; token < p.num_tokens; token += gridDim.x, parity ^= 1) {
-    float* const here = sums + parity * warps * reduced;
-    float grad[kWidth] = {}, grads[kMaxExperts][kWidth];  // grads: of the normalised experts
-    Pack<T> packs[kMaxExperts];
-    if (present) {
-      const Pack<T> found = load<T>(p.grad, token * chunks + chunk);
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c) grad[c] = found[c];
-      each_expert<kMaxExperts>(n, [&](int i) {
-        packs[i] = load<T>(p.states[i], token * chunks + chunk);
-      });
-    }
+  DEVICE Backward(const Problem& problem, float* rows)
+      : p(problem),
+        own(rows),
+        chunks(p.size / kWidth),
+        present(threadIdx.x < chunks),
+        chunk(present ? threadIdx.x : 0),
+        scores(problem) {}
 
-    // Sums over channels: of inner = gain x gradient, of inner x standardised state, of the scores' gradients.
-    float mixed[kWidth] = {}, scores[kMaxExperts][kWidth];
-    if (present) {
-      mixing_weights<kMaxExperts>(p, token, chunk, inverse_temperature, scores, grads);
-      each_expert<kMaxExperts>(n, [&](int i) {
-        const float mean = p.statistics[i * p.num_tokens + token];
-        const float inverse_deviation = p.statistics[(n + i) * p.num_tokens + token];
-        float gain[kWidth], bias[kWidth];
-        load(p.norm_weight, i * chunks + chunk, gain);
-        load(p.norm_bias, i * chunks + chunk, bias);
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          const float standard = (packs[i][c] - mean) * inverse_deviation;
-          mixed[c] += grads[i][c] * (standard * gain[c] + bias[c]);
-        }
-      });
-    }
-    each_expert<kMaxExperts>(n, [&](int i) {
-      float inner_sum = 0, along_sum = 0, score_sum = 0;
-      if (present) {
-        const float mean = p.statistics[i * p.num_tokens + token];
-        const float inverse_deviation = p.statistics[(n + i) * p.num_tokens + token];
-        float gain[kWidth], bias[kWidth], gain_grad[kWidth], score_grad[kWidth];
-        load(p.norm_weight, i * chunks + chunk, gain);
-        load(p.norm_bias, i * chunks + chunk, bias);
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          const float standard = (packs[i][c] - mean) * inverse_deviation;
-          grads[i][c] *= grad[c];
-          gain_grad[c] = grads[i][c] * standard;
-          score_grad[c] = grads[i][c] * (standard * gain[c] + bias[c] - mixed[c]) * inverse_temperature;
-          temperature_sum -= score_grad[c] * scores[i][c];
-          inner_sum += grads[i][c] * gain[c];
-          along_sum += gain_grad[c] * gain[c];
-          score_sum += score_grad[c];
-        }
-        add(own + i * p.size + chunk * kWidth, gain_grad);
-        add(own + (n + i) * p.size + chunk * kWidth, grads[i]);
-        if (!p.adaptive) add(own + (2 * n + i) * p.size + chunk * kWidth, score_grad);
-      }
-      inner_sum = warp_sum(inner_sum);
-      along_sum = warp_sum(along_sum);
-      if (p.adaptive) score_sum = warp_sum(score_sum);
-      if (lane == 0) {
-        here[warp * reduced + i] = inner_sum;
-        here[warp * reduced + states + i] = along_sum;
-        here[warp * reduced + 2 * states + i] = score_sum;
-      }
-    });
-    const int first_row = (p.adaptive ? 2 : 3) * n;
-    for (int j = 0; j < p.num_previous; ++j) {
-      float inner_sum = 0, along_sum = 0;
-      if (present) {
-        const float mean = p.previous_statistics[j * p.num_tokens + token];
-        const float inverse_deviation = p.previous_statistics[(p.num_previous + j) * p.num_tokens + token];
-        const Pack<T> pack = load<T>(p.states[n + j], token * chunks + chunk);
-        float gain[kWidth], weight[kWidth], along[kWidth];
-        load(p.norm_weight, (n + j) * chunks + chunk, gain);
-        load(p.previous_weight, j * chunks + chunk, weight);
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          along[c] = grad[c] * (pack[c] - mean) * inverse_deviation;
-          inner_sum += grad[c] * weight[c] * gain[c];
-          along_sum += along[c] * weight[c] * gain[c];
-        }
-        add(own + (first_row + j) * p.size + chunk * kWidth, along);
-      }
-      inner_sum = warp_sum(inner_sum);
-      along_sum = warp_sum(along_sum);
-      if (lane == 0) {
-        here[warp * reduced + n + j] = inner_sum;
-        here[warp * reduced + states + n + j] = along_sum;
-      }
-    }
-    if (present && p.num_previous) add(own + (first_row + p.num_previous) * p.size + chunk * kWidth, grad);
-    sync_block();
+  DEVICE Quad* row(float* rows, int index) const {
+    return reinterpret_cast<Quad*>(rows + index * p.row_floats) + threadIdx.x;
+  }
 
-    // The warps' sums, always in the same order.
-    const auto total = [&](int value) {
-      float sum = 0;
-      for (int w = 0; w < warps; ++w) sum += here[w * reduced + value];
-      return sum;
-    };
-    if (p.adaptive && threadIdx.x < n) {
-      p.logits_grad[token * n + threadIdx.x] = total(2 * states + threadIdx.x);
-    }
-    if (!present) continue;
-    each_expert<kMaxExperts>(n, [&](int i) {
-      const float mean = p.statistics[i * p.num_tokens + token];
-      const float inverse_deviation = p.statistics[(n + i) * p.num_tokens + token];
-      float gain[kWidth], standard[kWidth];
-      load(p.norm_weight, i * chunks + chunk, gain);
+  DEVICE void add(int index, const float (&values)[kWidth]) {
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        standard[c] = (packs[i][c] - mean) * inverse_deviation;
-        gain[c] *= grads[i][c];
-      }
-      store_state_grad<T>(p.state_grads[i], token * chunks + chunk, gain, standard, total(i) * inverse_size,
-                          total(states + i) * inverse_size, inverse_deviation);
-    });
-    for (int j = 0; j < p.num_previous; ++j) {
-      const float mean = p.previous_statistics[j * p.num_tokens + token];
-      const float inverse_deviation = p.previous_statistics[(p.num_previous + j) * p.num_tokens + token];
-      const Pack<T> pack = load<T>(p.states[n + j], token * chunks + chunk);
-      float gain[kWidth], weight[kWidth], standard[kWidth];
-      load(p.norm_weight, (n + j) * chunks + chunk, gain);
-      load(p.previous_weight, j * chunks + chunk, weight);
+    for (int half = 0; half < 2; ++half) {
+      Quad& place = row(own, index)[half * blockDim.x];
+      Quad sum = place;
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        standard[c] = (pack[c] - mean) * inverse_deviation;
-        gain[c] *= grad[c] * weight[c];
-      }
-      store_state_grad<T>(p.state_grads[n + j], token * chunks + chunk, gain, standard, total(n + j) * inverse_size,
-                          total(states + n + j) * inverse_size, inverse_deviation);
+      for (int c = 0; c < 4; ++c) sum.values[c] += values[4 * half + c];
+      place = sum;
     }
   }
 
-  if (p.shared_rows && present) {
-    for (int row = 0; row < rows; ++row) {
+  template <typename Body>
+  DEVICE void each_expert(Body body) {
+    if constexpr (kExperts > 0) {
+#pragma unroll
+      for (int i = 0; i < kExperts; ++i) body(i, i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < p.num_experts; ++i) body(i, 0);
+    }
+  }
+
+  DEVICE void put_sum(int index, float value) {
+    value = warp_sum(value);
+    if (lane == 0) sums[warp * num_sums(p) + index] = value;
+  }
+
+  // The warps' sums, always in the same order.
+  DEVICE float total(int index) const {
+    float sum = 0;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) sum += sums[w * num_sums(p) + index];
+    return sum;
+  }
+
+  // Expert i normalised.
+  DEVICE void normalise(int i, int place, float (&to)[kWidth]) const {
+    float gain[kWidth], bias[kWidth];
+    load(p.norm_weight, i * chunks + chunk, gain);
+    load(p.norm_bias, i * chunks + chunk, bias);
+    standardise(parts[place], to);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) to[c] = to[c] * gain[c] + bias[c];
+  }
+
+  // Expert i's scores less `base`.
+  DEVICE void score(int i, float (&to)[kWidth]) const {
+    float logits[kWidth];
+    scores.load_logits(p, i * chunks + chunk, logits);
+    scores.above(p, i, token, chunk, logits, base, to);
+  }
+
+  // The mixture of experts, and the base.
+  DEVICE void mix() {
+    if constexpr (kExperts > 0) return mix_kept();
+    Mixture mixture;
+    each_expert([&](int i, int place) {
+      float above[kWidth], values[kWidth];
+      parts[place] = load_part<T>(p, i, token, at);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) base[c] = mixture.base[c];
+      score(i, above);
+      normalise(i, place, values);
+      mixture.add(i == 0, above, values);
+    });
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      mixed[c] = mixture.total[c] * fast_inverse(mixture.sum[c]);
+      base[c] = mixture.base[c] + fast_log2(mixture.sum[c]);
+    }
+  }
+
+  DEVICE void mix_kept() {
+    float largest[kWidth], sum[kWidth] = {};
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) base[c] = mixed[c] = 0, largest[c] = -INFINITY;
+    each_expert([&](int i, int place) { parts[place] = load_part<T>(p, i, token, at); });
+    each_expert([&](int i, int place) {
+      score(i, kept[place]);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) largest[c] = fmaxf(largest[c], kept[place][c]);
+    });
+    each_expert([&](int i, int place) {
       float values[kWidth];
-      load(own, row * chunks + chunk, values);
-      store<float>(p.partial + (long long)blockIdx.x * rows * p.size, row * chunks + chunk, values);
+      normalise(i, place, values);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        const float weight = fast_exp2(kept[place][c] - largest[c]);
+        sum[c] += weight;
+        mixed[c] += weight * values[c];
+      }
+    });
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      mixed[c] *= fast_inverse(sum[c]);
+      base[c] = largest[c] + fast_log2(sum[c]);
     }
   }
-  sync_block();  // `sums` is free again
-  temperature_sum = warp_sum(temperature_sum);
-  if (lane == 0) sums[warp] = temperature_sum;
+
+  // Between phases: else all experts' parameters and standardised states would be kept.
+  DEVICE void forget_derived() {
+    if constexpr (kExperts > 0) {
+      each_expert([&](int, int place) {
+        for (unsigned& word : parts[place].pack.words) forget(word);
+      });
+    }
+  }
+
+  // Gradients of expert i's parameters, and the sums that its state's gradient needs.
+  DEVICE void differentiate(int i, int place) {
+    float gain[kWidth], bias[kWidth], above[kWidth], standard[kWidth];
+    float along[kWidth], own_grad[kWidth], score_grad[kWidth];
+    if constexpr (kExperts > 0) sync_warp();  // keeps the compiler from mixing experts, which takes more registers
+    load(p.norm_weight, i * chunks + chunk, gain);
+    load(p.norm_bias, i * chunks + chunk, bias);
+    if constexpr (kExperts == 0) {
+      parts[place] = load_part<T>(p, i, token, at);
+      score(i, above);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) above[c] = kept[place][c] - base[c];
+    }
+    standardise(parts[place], standard);
+    float inner_sum = 0, along_sum = 0, score_sum = 0;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      own_grad[c] = fast_exp2(above[c]) * grad[c];
+      along[c] = own_grad[c] * standard[c];
+      score_grad[c] = own_grad[c] * (standard[c] * gain[c] + bias[c] - mixed[c]);
+      kept[place][c] = own_grad[c] * gain[c];
+      inner_sum += kept[place][c];
+      along_sum += kept[place][c] * standard[c];
+      score_sum += score_grad[c];
+      temperature_sum += score_grad[c] * above[c];
+    }
+    add(i, along);
+    add(p.num_experts + i, own_grad);
+    if constexpr (!kAdaptive) add(2 * p.num_experts + i, score_grad);
+    put_sum(2 * i, inner_sum);
+    put_sum(2 * i + 1, along_sum);
+    if constexpr (kAdaptive) put_sum(2 * (p.num_experts + p.num_previous) + i, score_sum);
+  }
+
+  // Gradient of a layer norm's input, after a barrier; `inner`: the gradient of the result times gain.
+  DEVICE void store_gradient(int i, const Part<T>& part, const float (&inner)[kWidth]) {
+    const float mean_inner = total(2 * i) / p.size, mean_along = total(2 * i + 1) / p.size;
+    float result[kWidth];
+    standardise(part, result);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      result[c] = (inner[c] - mean_inner - result[c] * mean_along) * part.inverse_deviation;
+    }
+    if (present) store<T>(p.state_grads[i], at, result);
+    if constexpr (kAdaptive) {
+      if (i < p.num_experts && threadIdx.x == 0) {
+        p.logits_grad[token * p.num_experts + i] =
+            total(2 * (p.num_experts + p.num_previous) + i) * (scores.scale / kLog2e);
+      }
+    }
+  }
+
+  // Previous state j, and its `inner`.
+  DEVICE Part<T> load_previous(int j, float (&inner)[kWidth]) {
+    const int pack = (p.num_experts + j) * chunks + chunk;
+    float gain[kWidth], weight[kWidth];
+    load(p.norm_weight, pack, gain);
+    load(p.previous_weight, j * chunks + chunk, weight);
+    Part<T> part = load_part<T>(p, p.num_experts + j, token, at);
+    part.mean = p.previous_statistics[j * p.num_tokens + token];
+    part.inverse_deviation = p.previous_statistics[(p.num_previous + j) * p.num_tokens + token];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) inner[c] = grad[c] * weight[c] * gain[c];
+    return part;
+  }
+
+  DEVICE void differentiate_previous(int j, int first_row) {
+    float inner[kWidth], along[kWidth], inner_sum = 0, along_sum = 0;
+    standardise(load_previous(j, inner), along);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      inner_sum += inner[c];
+      along_sum += inner[c] * along[c];
+      along[c] *= grad[c];
+    }
+    add(first_row + j, along);
+    put_sum(2 * (p.num_experts + j), inner_sum);
+    put_sum(2 * (p.num_experts + j) + 1, along_sum);
+  }
+
+  DEVICE void run(long long next, float* free_sums) {
+    token = next, at = token * chunks + chunk, sums = free_sums;
+    const Pack<T> found = load<T>(p.grad, at);
+    mix();
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) grad[c] = present ? found[c] : 0;
+    forget_derived();
+    each_expert([&](int i, int place) {
+      differentiate(i, place);
+      if constexpr (kExperts == 0) {
+        sync_block();
+        store_gradient(i, parts[place], kept[place]);
+      }
+    });
+    const int first_row = (kAdaptive ? 2 : 3) * p.num_experts;
+#pragma unroll 1
+    for (int j = 0; j < p.num_previous; ++j) differentiate_previous(j, first_row);
+    if (p.num_previous) add(first_row + p.num_previous, grad);
+    sync_block();
+    forget_derived();
+    if constexpr (kExperts > 0) {
+      each_expert([&](int i, int place) { store_gradient(i, parts[place], kept[place]); });
+    }
+#pragma unroll 1
+    for (int j = 0; j < p.num_previous; ++j) {
+      float inner[kWidth];
+      const Part<T> part = load_previous(j, inner);
+      store_gradient(p.num_experts + j, part, inner);
+    }
+  }
+};
+
+template <typename T, int kExperts, int kNoise, bool kAdaptive, bool kShared>
+KERNEL LAUNCH_BOUNDS(kExperts ? kMaxKeptSize / kWidth : kMaxSize / kWidth, kExperts ? 3 : 2)
+backward_kernel(const Problem p) {
+  SHARED(shared);
+  float* const part = p.partial + (long long)blockIdx.x * p.num_rows * p.row_floats;
+  Backward<T, kExperts, kNoise, kAdaptive> thread(p, kShared ? shared + sums_floats(p, blockDim.x) : part);
+  const auto each_quad = [&](auto body) {
+    for (int row = 0; row < p.num_rows; ++row) body(row, 0), body(row, blockDim.x);
+  };
+  each_quad([&](int row, int half) { thread.row(thread.own, row)[half] = Quad{}; });
+  int parity = 0;
+  for (long long token = blockIdx.x; token < p.num_tokens; token += gridDim.x, parity ^= 1) {
+    thread.run(token, shared + parity * thread.warps * num_sums(p));
+  }
+  if (kShared) {
+    each_quad([&](int row, int half) { thread.row(part, row)[half] = thread.row(thread.own, row)[half]; });
+  }
+  sync_block();  // `shared` is free again
+  const float sum = warp_sum(thread.temperature_sum);
+  if (thread.lane == 0) shared[thread.warp] = sum;
   sync_block();
   if (threadIdx.x == 0) {
     float total = 0;
-    for (int w = 0; w < warps; ++w) total += sums[w];
+    for (int w = 0; w < thread.warps; ++w) total += shared[w];
     p.partial_temperature[blockIdx.x] = total;
   }
 }

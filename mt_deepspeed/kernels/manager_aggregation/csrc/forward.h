@@ -2,7 +2,7 @@
 // they share one reading of the parameters and few tokens still make many warps.
 #pragma once
 
-#include "problem.h"
+#include "mixture.h"
 
 constexpr int kStatisticsThreads = 128;
 constexpr int kMaxChunksPerLane = kMaxSize / kWidth / 32;
@@ -50,60 +50,14 @@ KERNEL statistics_kernel(const Problem p) {
   }
 }
 
-// What a thread reads of one state and token; the statistics of experts only.
-template <typename T>
-struct Part {
-  Pack<T> pack;
-  float mean, inverse_deviation;
-};
-
-// Of state i, if there is one; `at`: where in it the tokens' channels lie.
+// Of state i, if there is one.
 template <typename T, int kTokens>
 DEVICE void load_parts(const Problem& p, int i, const long long (&tokens)[kTokens], const long long (&at)[kTokens],
                        Part<T> (&to)[kTokens]) {
-  const float* const means = p.statistics + i * p.num_tokens;
+  if (i >= p.num_experts + p.num_previous) return;
 #pragma unroll
-  for (int k = 0; k < kTokens; ++k) {
-    if (i < p.num_experts + p.num_previous) to[k].pack = load<T>(p.states[i], at[k]);
-    if (i < p.num_experts) {
-      to[k].mean = means[tokens[k]];
-      to[k].inverse_deviation = means[p.num_experts * p.num_tokens + tokens[k]];
-    }
-  }
+  for (int k = 0; k < kTokens; ++k) to[k] = load_part<T>(p, i, tokens[k], at[k]);
 }
-
-template <typename T>
-DEVICE void standardise(const Part<T>& part, float (&to)[kWidth]) {
-  const float shift = -part.mean * part.inverse_deviation;
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c) to[c] = part.pack[c] * part.inverse_deviation + shift;
-}
-
-// A token's mixture of the experts seen so far: weights are 2^(score - base). The base is 0, or the first score where
-// that is far from 0, and is raised when a later score exceeds it by so much that the sums might overflow.
-struct Mixture {
-  static constexpr float kExcess = 64;
-  float total[kWidth] = {}, sum[kWidth] = {}, base[kWidth] = {};
-
-  DEVICE void add(bool first, float (&above)[kWidth], const float (&values)[kWidth]) {
-    float most = 0;
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) most = fmaxf(most, fabsf(above[c]));
-    if (most > kExcess) {
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        const float excess = fmaxf(above[c], 0.0f), rise = first ? above[c] : excess, decay = fast_exp2(-excess);
-        base[c] += rise, above[c] -= rise, sum[c] *= decay, total[c] *= decay;
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) {
-      const float weight = fast_exp2(above[c]);
-      sum[c] += weight;
-      total[c] += weight * values[c];
-    }
-  }
-};
 
 // Means and deviations of the rows that a block's threads hold, from those of its warps (Chan et al., 1979).
 template <typename T, int kTokens>
@@ -132,9 +86,8 @@ DEVICE void block_moments(float* shared, bool present, int size, float eps, Part
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) {
     const float first = of_warps[k].mean;  // all is taken relative to it, so that nothing cancels
-    float squares = of_warps[(warps - 1) * kTokens + k].squares, apart = of_warps[(warps - 1) * kTokens + k].mean - first;
-    float sum = apart * last;
-    squares += apart * sum;
+    float apart = of_warps[(warps - 1) * kTokens + k].mean - first, sum = apart * last;
+    float squares = of_warps[(warps - 1) * kTokens + k].squares + apart * sum;
 #pragma unroll 1
     for (int w = 0; w < warps - 1; ++w) {
       const Moments one = of_warps[w * kTokens + k];

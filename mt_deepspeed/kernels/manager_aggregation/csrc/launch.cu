@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "backward.h"
+#include "finish.h"
 #include "forward.h"
 
 #define QUOTED(text) #text
@@ -18,35 +19,14 @@ using Stream = cudaStream_t;
 using Stream = void*;
 #endif
 
-// Calls `call` with a value of the element type and the bound on the number of experts that fit.
+int threads_of_a_token(const Problem& p) { return (p.size / kWidth + 31) / 32 * 32; }
+
+// Calls `call` with a value of the element type.
 template <typename Call>
-void with_types(const Problem& p, int kind, Call call) {
-  const auto with_type = [&](auto element) {
-    if (p.num_experts <= kFewExperts) return call(element, std::integral_constant<int, kFewExperts>());
-    return call(element, std::integral_constant<int, kManyExperts>());
-  };
-  if (kind == 0) return with_type(float());
-  if (kind == 1) return with_type(bfloat16());
-  with_type(float16());
-}
-
-int backward_threads(const Problem& p) { return (p.size / kWidth + 31) / 32 * 32; }
-
-template <typename Kernel>
-const char* plan_backward(Kernel kernel, Problem& p, int device) {
-  const int threads = backward_threads(p);
-  const size_t sums = (2 * (threads / 32) * (2 * (p.num_experts + p.num_previous) + p.num_experts) + 3) / 4 * 4;
-  const size_t rows = size_t(num_rows(p)) * p.size;
-  p.num_rows = num_rows(p);
-  p.shared_rows = (sums + rows) * sizeof(float) <= shared_memory_limit(device);
-  p.shared_bytes = (sums + (p.shared_rows ? rows : 0)) * sizeof(float);
-  int resident = 0;
-  if (const char* error = resident_blocks(kernel, threads, p.shared_bytes, resident)) return error;
-  // Each block writes its rows once: blocks of a few tokens only would spend their time on that.
-  const long long useful = std::max<long long>(p.num_tokens / 16, processors(device));
-  const long long possible = resident * (long long)processors(device);
-  p.num_blocks = int(std::max<long long>(1, std::min({possible, useful, p.num_tokens})));
-  return nullptr;
+void with_element(int kind, Call call) {
+  if (kind == 0) return call(float());
+  if (kind == 1) return call(bfloat16());
+  call(float16());
 }
 
 // Calls `call` with the kind of noise and whether logits are adaptive.
@@ -67,7 +47,7 @@ constexpr int kWarpsThatKeepBusy = 16;
 
 template <int kTokens, typename Element>
 void launch_forward(const Problem& p, int device, Stream stream) {
-  const int threads = (p.size / kWidth + 31) / 32 * 32;
+  const int threads = threads_of_a_token(p);
   const long long needed = (p.num_tokens + kTokens - 1) / kTokens;
   const int blocks = int(std::min<long long>(needed, 64LL * processors(device)));
   const size_t shared_bytes = 2 * 2 * kTokens * (threads / 32) * sizeof(float);
@@ -77,6 +57,51 @@ void launch_forward(const Problem& p, int device, Stream stream) {
   });
 }
 
+// Calls `call` with the backward kernel for the problem.
+template <typename Call>
+void with_backward(const Problem& p, int kind, Call call) {
+  with_element(kind, [&](auto element) {
+    with_kinds(p, [&](auto noise, auto adaptive) {
+      using Element = decltype(element);
+      constexpr int kNoise = decltype(noise)::value;
+      constexpr bool kAdaptive = decltype(adaptive)::value;
+      if (!p.shared_rows) return call(backward_kernel<Element, 0, kNoise, kAdaptive, false>);
+      if (p.num_experts == kKept && p.size <= kMaxKeptSize) {
+        return call(backward_kernel<Element, kKept, kNoise, kAdaptive, true>);
+      }
+      call(backward_kernel<Element, 0, kNoise, kAdaptive, true>);
+    });
+  });
+}
+
+// Shared memory that a block asks for, and how many of them a processor holds.
+const char* plan_rows(Problem& p, int kind, bool shared_rows, int& resident) {
+  const int threads = threads_of_a_token(p);
+  p.shared_rows = shared_rows;
+  p.shared_bytes = int((sums_floats(p, threads) + (shared_rows ? p.num_rows * p.row_floats : 0)) * sizeof(float));
+  const char* error = nullptr;
+  with_backward(p, kind, [&](auto kernel) { error = resident_blocks(kernel, threads, p.shared_bytes, resident); });
+  return error;
+}
+
+const char* plan_backward(Problem& p, int kind, int device) {
+  constexpr int kWarpsWorthSharing = 8;
+  p.num_rows = num_rows(p);
+  p.row_floats = threads_of_a_token(p) * kWidth;
+  const size_t needed = (sums_floats(p, threads_of_a_token(p)) + size_t(p.num_rows) * p.row_floats) * sizeof(float);
+  const bool fits = needed <= shared_memory_limit(device);
+  int resident = 0;
+  if (const char* error = plan_rows(p, kind, fits, resident)) return error;
+  if (fits && resident * threads_of_a_token(p) < 32 * kWarpsWorthSharing) {
+    if (const char* error = plan_rows(p, kind, false, resident)) return error;
+  }
+  // Each block writes its rows once: blocks of a few tokens only would spend their time on that.
+  const long long useful = std::max<long long>(p.num_tokens / 16, processors(device));
+  const long long possible = resident * (long long)processors(device);
+  p.num_blocks = int(std::max<long long>(1, std::min({possible, useful, p.num_tokens})));
+  return nullptr;
+}
+
 }  // namespace
 
 extern "C" {
@@ -84,16 +109,16 @@ extern "C" {
 const char* mt_statistics(const Problem* p, int kind, int device, void* stream) {
   const long long needed = (p->num_tokens * p->num_experts * 32 + kStatisticsThreads - 1) / kStatisticsThreads;
   const int blocks = int(std::min<long long>(needed, 64LL * processors(device)));
-  with_types(*p, kind, [&](auto element, auto) {
+  with_element(kind, [&](auto element) {
     LAUNCH((statistics_kernel<decltype(element)>), blocks, kStatisticsThreads, 0, static_cast<Stream>(stream), *p);
   });
   return last_error();
 }
 
 const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
-  const long long warps = p->num_tokens / kTokens * ((p->size / kWidth + 31) / 32);
+  const long long warps = p->num_tokens / kTokens * threads_of_a_token(*p) / 32;
   const bool few = warps < (long long)kWarpsThatKeepBusy * processors(device);
-  with_types(*p, kind, [&](auto element, auto) {
+  with_element(kind, [&](auto element) {
     if (few) return launch_forward<1, decltype(element)>(*p, device, static_cast<Stream>(stream));
     launch_forward<kTokens, decltype(element)>(*p, device, static_cast<Stream>(stream));
   });
@@ -101,20 +126,15 @@ const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
 }
 
 // Chooses how backward runs, and with it the sizes of `partial` and `partial_temperature`: the last fields of `p`.
-const char* mt_plan_backward(Problem* p, int kind, int device, void*) {
-  const char* error = nullptr;
-  with_types(*p, kind, [&](auto element, auto max_experts) {
-    error = plan_backward(backward_kernel<decltype(element), decltype(max_experts)::value>, *p, device);
-  });
-  return error;
-}
+const char* mt_plan_backward(Problem* p, int kind, int device, void*) { return plan_backward(*p, kind, device); }
 
 // After mt_plan_backward.
 const char* mt_backward(const Problem* p, int kind, int, void* stream) {
-  with_types(*p, kind, [&](auto element, auto max_experts) {
-    LAUNCH((backward_kernel<decltype(element), decltype(max_experts)::value>), p->num_blocks, backward_threads(*p),
-           p->shared_bytes, static_cast<Stream>(stream), *p);
+  const auto queue = static_cast<Stream>(stream);
+  with_backward(*p, kind, [&](auto kernel) {
+    LAUNCH(kernel, p->num_blocks, threads_of_a_token(*p), p->shared_bytes, queue, *p);
   });
+  LAUNCH(finish_kernel, finish_blocks(*p), 32 * kFinishWarps, 32 * kFinishWarps * sizeof(float), queue, *p);
   return last_error();
 }
 

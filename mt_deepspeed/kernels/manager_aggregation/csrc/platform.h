@@ -41,6 +41,9 @@ FAST(fast_sqrt, sqrt)
 FAST(fast_inverse, rcp)
 #undef FAST
 
+// After it the compiler derives from `x` and from memory anew, instead of keeping in registers what it derived before.
+DEVICE void forget(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
 DEVICE unsigned high_product(unsigned x, unsigned y) { return __umulhi(x, y); }
 
 // Sum over the lanes of a warp; the same bits in every lane.
