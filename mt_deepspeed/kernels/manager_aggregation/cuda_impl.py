@@ -13,7 +13,7 @@ from torch import Tensor
 from mt_deepspeed.kernels.manager_aggregation import build
 from mt_deepspeed.kernels.manager_aggregation.protocol import Arguments, Gradients
 
-MAX_EXPERTS, MAX_STATES, MAX_SIZE = 24, 32, 2048
+MAX_EXPERTS, MAX_STATES, MAX_SIZE, MAX_TOKENS = 24, 32, 2048, 2**25
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE = "cuda"  # tests run the same code on the CPU
 _TEXTS = ("mt_statistics", "mt_forward", "mt_plan_backward", "mt_backward", "mt_unusable", "mt_sources")
@@ -52,7 +52,7 @@ class _Problem(ctypes.Structure):
                 "partial_temperature",
             )
         ),
-        ("num_tokens", ctypes.c_longlong),
+        ("num_tokens", ctypes.c_int),
         ("size", ctypes.c_int),
         ("num_experts", ctypes.c_int),
         ("num_previous", ctypes.c_int),
@@ -71,7 +71,7 @@ class _Problem(ctypes.Structure):
 
 def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
     """See the package's docstring."""
-    size, device = experts[0].shape[1], experts[0].device
+    (tokens, size), device = experts[0].shape, experts[0].device
     if device.type != DEVICE:
         return f"found tensors on {device.type}, expected {DEVICE}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -80,6 +80,8 @@ def unsupported(experts: list[Tensor], num_previous: int) -> str | None:
         return f"found {experts[0].dtype}, expected float32, bfloat16 or float16"
     if size % 8 or size > MAX_SIZE:
         return f"found {size} channels, expected a multiple of 8 up to {MAX_SIZE}"
+    if tokens > MAX_TOKENS:
+        return f"found {tokens} tokens, expected at most {MAX_TOKENS}"
     if len(experts) > MAX_EXPERTS or len(experts) + num_previous > MAX_STATES:
         return (
             f"found {len(experts)} experts and {num_previous} previous states, expected at most "

@@ -154,6 +154,14 @@ def test_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert dispatch.preferred("cuda") == ["cuda", "triton", "reference"]
 
 
+def test_more_tokens_than_the_cuda_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu.use(monkeypatch)
+    with FakeTensorMode():
+        assert cuda_impl.unsupported([torch.zeros(2**25, 8)], 0) is None
+        reason = cuda_impl.unsupported([torch.zeros(2**25 + 1, 8)], 0)
+    assert reason == "found 33554433 tokens, expected at most 33554432"
+
+
 def test_a_library_built_ahead_from_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "BUILT_AHEAD", cuda_on_cpu.library())
     cuda_impl._library.cache_clear()

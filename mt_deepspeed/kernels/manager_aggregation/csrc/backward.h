@@ -18,10 +18,13 @@ struct Backward {
   const bool present;  // the last warp may be partly idle, but takes part in the sums
   const int chunk;
   const Scores<kNoise, kAdaptive> scores;
+  const float inverse_temperature = scores.scale / kLog2e, inverse_size = 1.0f / p.size;
+  const int first_score = 2 * (p.num_experts + p.num_previous);
   float temperature_sum = 0;
   // Of the token:
   float* sums = nullptr;  // [warps, num_sums]
-  long long token = 0, at = 0;
+  int token = 0;
+  long long at = 0;
   float grad[kWidth], mixed[kWidth], base[kWidth];  // base: a score less it is the logarithm of a weight
   Part<T> parts[kPlaces];
   float kept[kPlaces][kWidth];  // scores, then gradients of scaled states
@@ -65,12 +68,16 @@ struct Backward {
     if (lane == 0) sums[warp * num_sums(p) + index] = value;
   }
 
-  // The warps' sums, always in the same order.
-  DEVICE float total(int index) const {
-    float sum = 0;
+  // The warps' sums of some values, always in the same order.
+  template <int kCount>
+  DEVICE void total(int index, float (&to)[kCount]) const {
+#pragma unroll
+    for (float& sum : to) sum = 0;
 #pragma unroll 1
-    for (int w = 0; w < warps; ++w) sum += sums[w * num_sums(p) + index];
-    return sum;
+    for (int w = 0; w < warps; ++w) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) to[c] += sums[w * num_sums(p) + index + c];
+    }
   }
 
   // Expert i normalised.
@@ -178,13 +185,14 @@ struct Backward {
     if constexpr (!kAdaptive) add(2 * p.num_experts + i, score_grad);
     put_sum(2 * i, inner_sum);
     put_sum(2 * i + 1, along_sum);
-    if constexpr (kAdaptive) put_sum(2 * (p.num_experts + p.num_previous) + i, score_sum);
+    if constexpr (kAdaptive) put_sum(first_score + i, score_sum);
   }
 
   // Gradient of a layer norm's input, after a barrier; `inner`: the gradient of the result times gain.
   DEVICE void store_gradient(int i, const Part<T>& part, const float (&inner)[kWidth]) {
-    const float mean_inner = total(2 * i) / p.size, mean_along = total(2 * i + 1) / p.size;
-    float result[kWidth];
+    float found[2], result[kWidth];
+    total(2 * i, found);
+    const float mean_inner = found[0] * inverse_size, mean_along = found[1] * inverse_size;
     standardise(part, result);
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
@@ -193,8 +201,9 @@ struct Backward {
     if (present) store<T>(p.state_grads[i], at, result);
     if constexpr (kAdaptive) {
       if (i < p.num_experts && threadIdx.x == 0) {
-        p.logits_grad[token * p.num_experts + i] =
-            total(2 * (p.num_experts + p.num_previous) + i) * (scores.scale / kLog2e);
+        float score_sum[1];
+        total(first_score + i, score_sum);
+        p.logits_grad[token * p.num_experts + i] = score_sum[0] * inverse_temperature;
       }
     }
   }
@@ -227,8 +236,8 @@ struct Backward {
     put_sum(2 * (p.num_experts + j) + 1, along_sum);
   }
 
-  DEVICE void run(long long next, float* free_sums) {
-    token = next, at = token * chunks + chunk, sums = free_sums;
+  DEVICE void run(int next, float* free_sums) {
+    token = next, at = (long long)token * chunks + chunk, sums = free_sums;
     const Pack<T> found = load<T>(p.grad, at);
     mix();
 #pragma unroll
@@ -270,7 +279,7 @@ backward_kernel(const Problem p) {
   };
   each_quad([&](int row, int half) { thread.row(thread.own, row)[half] = Quad{}; });
   int parity = 0;
-  for (long long token = blockIdx.x; token < p.num_tokens; token += gridDim.x, parity ^= 1) {
+  for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x, parity ^= 1) {
     thread.run(token, shared + parity * thread.warps * num_sums(p));
   }
   if (kShared) {

@@ -39,8 +39,8 @@ DEVICE void moments(const void* state, long long token, int chunks, float eps, i
 template <typename T>
 KERNEL statistics_kernel(const Problem p) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32, chunks = p.size / kWidth;
-  const long long rows = p.num_tokens * p.num_experts;
-  for (long long row = blockIdx.x * warps + threadIdx.x / 32; row < rows; row += (long long)gridDim.x * warps) {
+  const int rows = p.num_tokens * p.num_experts;
+  for (int row = blockIdx.x * warps + threadIdx.x / 32; row < rows; row += gridDim.x * warps) {
     float mean, inverse_deviation;
     moments<T>(p.states[row / p.num_tokens], row % p.num_tokens, chunks, p.eps, lane, mean, inverse_deviation);
     if (lane == 0) {
@@ -52,7 +52,7 @@ KERNEL statistics_kernel(const Problem p) {
 
 // Of state i, if there is one.
 template <typename T, int kTokens>
-DEVICE void load_parts(const Problem& p, int i, const long long (&tokens)[kTokens], const long long (&at)[kTokens],
+DEVICE void load_parts(const Problem& p, int i, const int (&tokens)[kTokens], const long long (&at)[kTokens],
                        Part<T> (&to)[kTokens]) {
   if (i >= p.num_experts + p.num_previous) return;
 #pragma unroll
@@ -110,13 +110,13 @@ KERNEL LAUNCH_BOUNDS(kMaxSize / kWidth, 2) forward_kernel(const Problem p) {
   const Scores<kNoise, kAdaptive> scores(p);
   int parity = 0;  // two halves of `shared`, so that one barrier a state is enough
 
-  const long long step = (long long)gridDim.x * kTokens;
-  for (long long first = (long long)blockIdx.x * kTokens; first < p.num_tokens; first += step) {
-    long long tokens[kTokens], at[kTokens];  // the last one repeats where there are no more: both write the same
+  for (int first = blockIdx.x * kTokens; first < p.num_tokens; first += gridDim.x * kTokens) {
+    int tokens[kTokens];  // the last one repeats where there are no more: both write the same
+    long long at[kTokens];
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       tokens[k] = first + k < p.num_tokens ? first + k : p.num_tokens - 1;
-      at[k] = tokens[k] * chunks + chunk;
+      at[k] = (long long)tokens[k] * chunks + chunk;
     }
     Part<T> parts[kTokens], next[kTokens];  // a state is loaded while the one before is computed with
     Mixture mixtures[kTokens];

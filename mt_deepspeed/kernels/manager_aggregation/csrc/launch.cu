@@ -98,7 +98,7 @@ const char* plan_backward(Problem& p, int kind, int device) {
   // Each block writes its rows once: blocks of a few tokens only would spend their time on that.
   const long long useful = std::max<long long>(p.num_tokens / 16, processors(device));
   const long long possible = resident * (long long)processors(device);
-  p.num_blocks = int(std::max<long long>(1, std::min({possible, useful, p.num_tokens})));
+  p.num_blocks = int(std::max<long long>(1, std::min<long long>({possible, useful, p.num_tokens})));
   return nullptr;
 }
 
@@ -107,7 +107,7 @@ const char* plan_backward(Problem& p, int kind, int device) {
 extern "C" {
 
 const char* mt_statistics(const Problem* p, int kind, int device, void* stream) {
-  const long long needed = (p->num_tokens * p->num_experts * 32 + kStatisticsThreads - 1) / kStatisticsThreads;
+  const long long needed = (p->num_tokens * p->num_experts * 32LL + kStatisticsThreads - 1) / kStatisticsThreads;
   const int blocks = int(std::min<long long>(needed, 64LL * processors(device)));
   with_element(kind, [&](auto element) {
     LAUNCH((statistics_kernel<decltype(element)>), blocks, kStatisticsThreads, 0, static_cast<Stream>(stream), *p);
@@ -116,7 +116,7 @@ const char* mt_statistics(const Problem* p, int kind, int device, void* stream) 
 }
 
 const char* mt_forward(const Problem* p, int kind, int device, void* stream) {
-  const long long warps = p->num_tokens / kTokens * threads_of_a_token(*p) / 32;
+  const long long warps = p->num_tokens / kTokens * (long long)threads_of_a_token(*p) / 32;
   const bool few = warps < (long long)kWarpsThatKeepBusy * processors(device);
   with_element(kind, [&](auto element) {
     if (few) return launch_forward<1, decltype(element)>(*p, device, static_cast<Stream>(stream));

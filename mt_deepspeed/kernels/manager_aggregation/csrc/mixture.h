@@ -30,7 +30,7 @@ struct Scores {
   }
 
   // Scores of a token's channels less `base`.
-  DEVICE void above(const Problem& p, int i, long long token, int chunk, const float (&logits)[kWidth],
+  DEVICE void above(const Problem& p, int i, int token, int chunk, const float (&logits)[kWidth],
                     const float (&base)[kWidth], float (&to)[kWidth]) const {
     float own = 0;
     if constexpr (kAdaptive) own = p.logits[token * p.num_experts + i];
@@ -38,7 +38,7 @@ struct Scores {
     for (int c = 0; c < kWidth; ++c) to[c] = (kAdaptive ? own : logits[c]) * scale - base[c];
     if constexpr (kNoise == kGiven) {
       float noise[kWidth];
-      load(p.noise, (i * p.num_tokens + token) * (p.size / kWidth) + chunk, noise);
+      load(p.noise, (long long)(i * p.num_tokens + token) * (p.size / kWidth) + chunk, noise);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) to[c] += noise[c] * scale;
     }
@@ -51,7 +51,7 @@ struct Scores {
 
 // Of state i and a token; `at`: where in the state its channels lie.
 template <typename T>
-DEVICE Part<T> load_part(const Problem& p, int i, long long token, long long at) {
+DEVICE Part<T> load_part(const Problem& p, int i, int token, long long at) {
   Part<T> part;
   part.pack = load<T>(p.states[i], at);
   if (i < p.num_experts) {

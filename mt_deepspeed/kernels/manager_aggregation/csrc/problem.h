@@ -1,6 +1,6 @@
 // Arguments of the kernels and what a thread does with its 8 channels of one token.
 //
-// Shapes: T tokens, N experts, P previous states, D channels (a multiple of 8, at most 2048).
+// Shapes: T tokens, N experts, P previous states, D channels (a multiple of 8, at most 2048); T <= 2^25.
 #pragma once
 
 #include "platform.h"
@@ -34,7 +34,7 @@ struct Problem {
   float* previous_weight_grad;
   float* partial;                    // [num_blocks, num_rows, row_floats], see rows.h
   float* partial_temperature;        // [blocks]
-  long long num_tokens;
+  int num_tokens;
   int size;
   int num_experts;
   int num_previous;
