@@ -3,7 +3,8 @@
     python -m benchmarks.manager_aggregation [--device cuda] [--dtype bfloat16] [--seconds S] [--threads T]
         [--save [FILE]] [--shapes N,B,L,D ...] [--kinds NAME ...] [--ways NAME ...] [--profile FILE]
 
-For each shape all ways take turns in one process, several rounds; times are medians of a call's time. Ways:
+For each kind and shape all ways take turns in one process, several rounds; times are medians of a call's time, on a
+GPU without the host's: each call is queued while the device sleeps. Ways:
 
     eager      the formula by autograd, noise from torch.randn (kernels.manager_aggregation.reference.aggregate)
     compiled   torch.compile of eager, static shapes
@@ -21,7 +22,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ CUDA_SHAPES = [
 ]
 CPU_SHAPES = [(3, 128, 10, 64), (3, 128, 17, 64), (6, 8, 50, 768), (6, 2, 325, 768), (6, 8, 325, 768)]
 COMPILED_BATCH = 64  # compiling each shape would take longer than measuring it
+CYCLES_PER_SECOND = 2e9  # of a GPU, about
 KINDS = {
-    "cuda": ["static noise", "adaptive noise"],
+    "cuda": ["static noise", "adaptive noise", "static", "adaptive"],
     "cpu": ["static", "adaptive", "static noise", "adaptive noise"],
 }
 
@@ -106,7 +107,7 @@ def synchronise(device: str) -> None:
 
 
 def timed(device: str, call: Callable[[], Any], seconds: float) -> float:
-    """Median seconds of a call, over as many as fit into `seconds` (3 to 50)."""
+    """Median seconds of a call, over as many as fit into `seconds` (3 to 50); on a GPU those of the device."""
     if device != "cuda":
         times: list[float] = []
         until = time.perf_counter() + seconds
@@ -115,19 +116,21 @@ def timed(device: str, call: Callable[[], Any], seconds: float) -> float:
             call()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    marks[0].record()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
     call()
-    marks[1].record()
+    queued = time.perf_counter() - started
     torch.cuda.synchronize()
-    count = max(3, min(50, int(seconds * 1000 / max(marks[0].elapsed_time(marks[1]), 0.01))))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
+    count = max(3, min(50, int(seconds / max(time.perf_counter() - started, 1e-5))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for before, after in events:
+        # The device sleeps until the whole call is queued: else it would wait for the host within the call.
+        torch.cuda._sleep(int(2 * queued * CYCLES_PER_SECOND))
+        before.record()
         call()
-        event.record()
+        after.record()
     torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(second) / 1000 for first, second in pairwise(events))
+    return statistics.median(before.elapsed_time(after) / 1000 for before, after in events)
 
 
 def copy_bandwidth(device: str) -> float:
@@ -339,8 +342,8 @@ def main() -> None:
     bandwidth = copy_bandwidth(options.device)
     print(f"{about['hardware']}, {about['versions']}, load {about['load']}: copy {bandwidth / 1e9:.0f} GB/s")
     shapes = options.shapes or (CUDA_SHAPES if cuda else CPU_SHAPES)
-    for shape in shapes:
-        for kind in options.kinds:
+    for kind in options.kinds:
+        for shape in shapes:
             text = "x".join(map(str, shape))
             here = all_ways(names, kind.endswith("noise"))
             if cuda and not options.shapes and shape[1] != COMPILED_BATCH:
