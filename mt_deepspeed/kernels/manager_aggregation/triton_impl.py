@@ -62,7 +62,15 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     if tokens:
         with torch.cuda.device_of(out):
             forward_kernel[(triton.cdiv(tokens, _tile(size)[1]),)](
-                *_common(a), out, previous_statistics, tokens, size, a.eps, **_constants(a), num_warps=8
+                *_common(a),
+                out,
+                previous_statistics,
+                tokens,
+                size,
+                a.eps,
+                **_constants(a),
+                num_warps=8,
+                maxnreg=128,  # so that a processor holds two programs
             )
     return out, previous_statistics
 
