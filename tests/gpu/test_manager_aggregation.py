@@ -41,6 +41,12 @@ def test_size_of_the_model(adaptive: bool, dtype: torch.dtype, backend: str) -> 
     check(Case(6, 1, (8, 325, 768), adaptive, noise="own", dtype=dtype), backend, "cuda")
 
 
+@pytest.mark.parametrize("num_experts", [3, 7, 12])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_other_numbers_of_experts(num_experts: int, adaptive: bool, backend: str) -> None:
+    check(Case(num_experts, 1, (5, 325, 776), adaptive, noise="own", dtype=torch.bfloat16), backend, "cuda")
+
+
 def _once(case: Case, backend: str) -> dict[str, torch.Tensor]:
     return differentiated(lambda **call: manager_aggregation(**call, backend=backend), case.arguments("cuda"))
 
@@ -97,6 +103,7 @@ for case in (
     Case(3, 2, (1, 5, 264), noise="given"),
     Case(24, 1, (1, 3, 2048), noise="own"),
     Case(2, 0, (1, 1, 8), noise="own"),
+    Case(7, 1, (3, 1501, 264), noise="own"),  # two tokens a block, an odd number of them
 ):
     check(case, "cuda", "cuda")
 """
@@ -135,6 +142,6 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     except build.BuildError as error:
         pytest.skip(str(error))
     # torch's own kernels are not ours to judge
-    ours = "--kernel-name=regex:.*(statistics|forward|backward)_kernel.*"
+    ours = "--kernel-name=regex:.*(statistics|forward|backward|finish)_kernel.*"
     status, said = _sanitized(SANITIZED, f"--tool={tool}", "--error-exitcode=9", ours)
     assert status == 0, said
