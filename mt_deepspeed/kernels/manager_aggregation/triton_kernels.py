@@ -9,9 +9,10 @@ tiles, in order, to rows of its own, and these are summed afterwards.
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from mt_deepspeed.kernels.manager_aggregation.triton_math import exp2, normals
+
+_LOG2E = tl.constexpr(1.4426950408889634)
 # Else Triton compiles anew where one of these becomes 1 or a multiple of 16: up to a minute for the backward kernel.
 _VARYING = ["tokens", "offset", "programs"]
 
@@ -22,36 +23,6 @@ def _moments(x, mask, size, eps):
     mean = tl.sum(x, axis=1) / size
     centred = tl.where(mask, x - mean[:, None], 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / size + eps)
-
-
-@triton.jit
-def _cosine_and_sine(angle):
-    """Of angles between -pi and pi, where the hardware's are exact to 2^-21; tl.cos and tl.sin are not these."""
-    if _INTERPRETED:
-        return tl.cos(angle), tl.sin(angle)
-    cosine = tl.inline_asm_elementwise(
-        "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
-    )
-    sine = tl.inline_asm_elementwise(
-        "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
-    )
-    return cosine, sine
-
-
-@triton.jit
-def _normals(seed, offset, expert: tl.constexpr, rows, BLOCK: tl.constexpr):
-    """`noise.philox_normal` of a tile: one Philox block for 8 channels."""
-    blocks = tl.arange(0, BLOCK // 8)[None, :].to(tl.uint32)
-    tokens = rows[:, None].to(tl.uint32)
-    zero = blocks * 0 + tokens * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed, tokens + zero, zero + expert, blocks + zero, (zero + offset).to(tl.uint32)
-    )
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    uniform = ((words & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536.0)
-    radius = -tl.sqrt(-2.0 * tl.log(uniform))  # negative, since the angle is half a turn less
-    cosine, sine = _cosine_and_sine(((words >> 16).to(tl.float32) - 32767.5) * (6.283185307179586 / 65536.0))
-    return tl.interleave(radius * cosine, radius * sine)
 
 
 @triton.jit
@@ -66,7 +37,7 @@ def _score(
     seed,
     offset,
     noise_scale,
-    inverse_temperature,
+    scale,
     tokens,
     size: tl.constexpr,
     N: tl.constexpr,
@@ -74,7 +45,7 @@ def _score(
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(logit + noise) / temperature of expert i, `[rows, 1 or BLOCK]` or `[1, BLOCK]`."""
+    """(logit + noise) x scale of expert i, `[rows, 1 or BLOCK]` or `[1, BLOCK]`."""
     if ADAPTIVE:
         score = tl.load(logits + rows * N + i, mask=inside, other=0.0)[:, None]
     else:
@@ -83,8 +54,8 @@ def _score(
         at = (i * tokens + rows)[:, None] * size + columns[None, :]
         score = score + tl.load(noise + at, mask=mask, other=0.0).to(tl.float32)
     if NOISE == 2:
-        score = score + noise_scale * _normals(seed, offset, i, rows, BLOCK)
-    return score * inverse_temperature
+        score = score + noise_scale * normals(seed, offset, i, rows, BLOCK)
+    return score * scale
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -143,7 +114,7 @@ def forward_kernel(
     present = columns < size
     mask = inside[:, None] & present[None, :]
     at = rows[:, None] * size + columns[None, :]
-    inverse_temperature = 1.0 / tl.load(temperature)
+    scale = _LOG2E / tl.load(temperature)  # powers of 2 make the softmax
     seed_value = tl.load(seed)
 
     largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
@@ -158,11 +129,11 @@ def forward_kernel(
         normed = (x - mean[:, None]) * inverse[:, None] * gain[None, :] + bias[None, :]
         score = _score(
             i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
-            inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+            scale, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
         )  # fmt: skip
         larger = tl.maximum(largest, score)
-        decay = tl.exp(largest - larger)
-        weight = tl.exp(score - larger)
+        decay = exp2(largest - larger)
+        weight = exp2(score - larger)
         weight_sum = weight_sum * decay + weight
         total = total * decay + weight * normed
         largest = larger
@@ -231,6 +202,7 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK)
     present = columns < size
     inverse_temperature = 1.0 / tl.load(temperature)
+    scale = _LOG2E * inverse_temperature  # powers of 2 make the softmax
     seed_value = tl.load(seed)
     plane = (N + P) * size
     own = partial + program * 3 * plane + columns
@@ -255,11 +227,11 @@ def backward_kernel(
             normed = (x - mean[:, None]) * inverse[:, None] * gain[None, :] + bias[None, :]
             score = _score(
                 i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
-                inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+                scale, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
             )  # fmt: skip
             larger = tl.maximum(largest, score)
-            decay = tl.exp(largest - larger)
-            weight = tl.exp(score - larger)
+            decay = exp2(largest - larger)
+            weight = exp2(score - larger)
             weight_sum = weight_sum * decay + weight
             mixed = mixed * decay + weight * normed
             largest = larger
@@ -275,9 +247,9 @@ def backward_kernel(
             normed = standard * gain[None, :] + bias[None, :]
             score = _score(
                 i, rows, columns, mask, inside, logits, noise, seed_value, offset, noise_scale,
-                inverse_temperature, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
+                scale, tokens, size, N, ADAPTIVE, NOISE, BLOCK,
             )  # fmt: skip
-            normed_grad = tl.exp(score - largest) / weight_sum * out_grad
+            normed_grad = exp2(score - largest) / weight_sum * out_grad
             score_grad = normed_grad * (normed - mixed)
             temperature_sum -= tl.sum(tl.sum(score_grad * score, axis=1), axis=0)
             _add(own + i * size, normed_grad * standard, present)
@@ -305,4 +277,4 @@ def backward_kernel(
             _add(own + 2 * plane + (N + j) * size, weight_grad, present)
             state_grad = _state_gradient(standard, normed_grad, gain, inverse, size)
             tl.store(state_grads[N + j] + at, state_grad.to(grad.dtype.element_ty), mask=mask)
-    tl.store(partial_temperature + program, temperature_sum * inverse_temperature)
+    tl.store(partial_temperature + program, temperature_sum * inverse_temperature / _LOG2E)
