@@ -239,18 +239,19 @@ class RunConfig:
             )
         if self.task == "glue":
             _check_glue_splits(self.glue.name, (*self.data.train, *self.data.eval))
-        has_managers = self.task not in TOWER_OF_TASK  # of a two-tower model only
+        two_towers = self.task not in TOWER_OF_TASK  # a single tower has no managers, whatever the model says
         model = self.model
         if self.data.padding == "auto":
-            visible = replace(model, mask_padding_in_managers=False)
-            if (self.checkpoint.init_from or "").endswith(".ckpt") and has_managers:
-                model = visible if visible.managers_read_padding else model
-            fixed = has_managers and model.managers_read_padding
+            published = replace(model, mask_padding_in_managers=False)
+            starts_published = two_towers and (self.checkpoint.init_from or "").endswith(".ckpt")
+            if starts_published and published.managers_read_padding:
+                model = published
+            fixed = two_towers and model.managers_read_padding
             padding: Literal["longest", "max_length"] = "max_length" if fixed else "longest"
             # The configuration that is printed and kept says what was chosen.
             object.__setattr__(self, "data", replace(self.data, padding=padding))
             object.__setattr__(self, "model", model)
-        elif self.data.padding == "longest" and has_managers and model.managers_read_padding:
+        elif self.data.padding == "longest" and two_towers and model.managers_read_padding:
             raise ValueError(
                 "data.padding=longest with model.mask_padding_in_managers=false: the managers would attend to "
                 "padding whose length changes from batch to batch; use data.padding=max_length, or mask it"
